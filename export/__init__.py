@@ -1,0 +1,1 @@
+"""ONNX variants, dialects, parity and the bundle."""

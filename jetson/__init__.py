@@ -1,0 +1,1 @@
+"""The Jetson half: what the device needs beside the runtime."""

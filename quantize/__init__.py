@@ -1,0 +1,1 @@
+"""INT8: placement, calibration, PTQ and QAT."""

@@ -1,0 +1,1 @@
+"""The runtime: verified bundles, guarded inference, gates. Free of torch and onnx."""

@@ -1,0 +1,117 @@
+"""`budgets.toml`: what a bundle must keep to be allowed on a vehicle.
+
+    size_mib = 4.0                      # every model file
+
+    [accuracy]
+    metric = "iou"
+    max_drop_vs_teacher = 0.08          # relative to the teacher's value
+    max_drop_vs_fp32 = 0.01             # relative, quantised tiers only
+    max_slice_drop = 0.03               # the same, in every slice of `slices`
+    min_samples = 200
+    confidence = 0.95
+
+    [target.cpu]                        # one table a target machine
+    p50_ms = 10.0
+    p99_ms = 40.0
+    peak_mib = 400.0
+
+A limit that is left out is not gated and gives no row. A limit that is there is measured or not passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fmdeploy.config import read_toml, validate
+from fmdeploy.errors import ConfigError
+
+SLICES = ("scenario", "weather", "rare")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class AccuracyBudget(_Table):
+    """Limits on how much a model may lose. Drops are relative: 0.01 is one percent of the reference's value."""
+
+    metric: str = Field(min_length=1, description="Name of one of the task's metrics")
+    max_drop_vs_teacher: float | None = Field(default=None, ge=0, lt=1)
+    max_drop_vs_fp32: float | None = Field(default=None, ge=0, lt=1)
+    max_slice_drop: float | None = Field(default=None, ge=0, lt=1, description="Against FP32, in every slice")
+    max_slice_drop_vs_teacher: float | None = Field(default=None, ge=0, lt=1)
+    min_samples: int = Field(default=200, ge=2, description="Fewer samples than this: not measured")
+    min_slice_samples: int = Field(default=100, ge=2, description="The same for one slice")
+    required_slices: tuple[str, ...] = Field(
+        default=(), description="Slices that must be measured, such as 'rare'; other small slices do not block"
+    )
+    slices: tuple[str, ...] = Field(default=SLICES, description="Slice axes under the gate")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Two-sided coverage of the intervals")
+
+
+class TargetBudget(_Table):
+    """Limits on one target machine."""
+
+    machine: str | None = Field(default=None, description="`uname -m` of the target; elsewhere nothing is measured")
+    p50_ms: float | None = Field(default=None, gt=0, description="Median of Runtime.infer, guards included")
+    p99_ms: float | None = Field(default=None, gt=0)
+    peak_mib: float | None = Field(default=None, gt=0, description="Peak resident memory of a fresh process")
+
+
+class Budgets(_Table):
+    """The whole file."""
+
+    accuracy: AccuracyBudget
+    target: dict[str, TargetBudget] = Field(default_factory=dict)
+    size_mib: float | None = Field(default=None, gt=0, description="Largest size of one model file")
+
+    def for_target(self, name: str | None) -> tuple[str, TargetBudget]:
+        """Return the target called `name`; without a name, the only one, or an empty one where there is none.
+
+        Raises:
+            ConfigError: There is no such target, or the choice is not clear.
+        """
+        if name is None and len(self.target) <= 1:
+            return next(iter(self.target.items()), ("cpu", TargetBudget()))
+        if name is None or name not in self.target:
+            raise ConfigError(
+                "choose a target of the budgets", expected=" or ".join(self.target) or "none", found=name,
+                fix="Name it with --target",
+            )
+        return name, self.target[name]
+
+    def to_toml(self) -> str:
+        """Return the file's text; `read_budgets` gives back an equal object."""
+        return "\n".join(_lines(self)) + "\n"
+
+
+def read_budgets(path: Path) -> Budgets:
+    """Read a budgets file.
+
+    Raises:
+        ConfigError: It is missing, is not TOML, or has unknown keys or values out of range; all are named.
+    """
+    return validate(Budgets, read_toml(path), where=path)
+
+
+def _lines(budgets: Budgets) -> Iterator[str]:
+    if budgets.size_mib is not None:
+        yield f"size_mib = {budgets.size_mib!r}"
+    yield "\n[accuracy]"
+    yield from _table(budgets.accuracy)
+    for name, target in budgets.target.items():
+        yield f'\n[target."{name}"]'
+        yield from _table(target)
+
+
+def _table(table: _Table) -> Iterator[str]:
+    for key, value in table.model_dump(mode="json").items():
+        if isinstance(value, str):
+            yield f'{key} = "{value}"'
+        elif isinstance(value, list):
+            yield f"{key} = [{', '.join(f'{item!r}' for item in value)}]"
+        elif value is not None:
+            yield f"{key} = {value!r}"

@@ -1,0 +1,142 @@
+"""The command line. Nothing but click is imported until a verb is named."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+
+class Verb(NamedTuple):
+    """Where a command lives, and its one-line help."""
+
+    target: str
+    help: str
+
+
+VERBS: dict[str, Verb | dict[str, Verb]] = {
+    "demo": Verb("fmdeploy.demo:demo", "The whole pipeline on recorded scenes, into one folder."),
+    "data": {
+        "record": Verb("fmdeploy.data.record:record", "Record driving scenes from highway-env."),
+        "split": Verb("fmdeploy.data.split:split", "Split a dataset by sequence and seed."),
+        "audit": Verb("fmdeploy.data.audit:audit", "Find leakage between splits; exit 1 where there is any."),
+        "info": Verb("fmdeploy.data.info:info", "Count what a dataset holds."),
+    },
+    "teacher": {
+        "train": Verb("fmdeploy.teacher.train:train", "Train the teacher."),
+    },
+    "cache": Verb("fmdeploy.teacher.cache:cache", "Write teacher features and logits to disk, once."),
+    "distill": Verb("fmdeploy.distill.distill:distill", "Train the student from the teacher."),
+    "quantize": Verb("fmdeploy.quantize.quantize:quantize", "Calibrate, place and tune INT8."),
+    "export": Verb("fmdeploy.export.bundle:export", "Write ONNX variants, golden vectors and budgets: the bundle."),
+    "check": Verb("fmdeploy.runtime.check:check", "Measure every budget here; exit 1 when one fails."),
+    "compare": Verb("fmdeploy.runtime.compare:compare", "Gate a candidate against what is deployed."),
+    "run": Verb("fmdeploy.runtime.run:run", "Run a bundle over a dataset."),
+    "bench": Verb("fmdeploy.runtime.bench:bench", "Latency and memory of a bundle here."),
+    "report": Verb("fmdeploy.evaluate.report:report", "One self-contained HTML page from artifacts."),
+    "show": Verb("fmdeploy.show:show", "Print an artifact and its lineage."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that lists its verbs without importing them."""
+
+    def __init__(self, verbs: dict[str, Verb | dict[str, Verb]], **options: Any) -> None:
+        super().__init__(**options)
+        self.verbs = verbs
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in pipeline order."""
+        return list(self.verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of one verb and build its command."""
+        entry = self.verbs.get(cmd_name)
+        if isinstance(entry, dict):
+            return LazyGroup(dict(entry), name=cmd_name, help=f"Commands: {', '.join(entry)}.")
+        return None if entry is None else build_command(cmd_name, entry)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Help from the table, so that `--help` stays fast."""
+        rows = [(n, f"{', '.join(v)}." if isinstance(v, dict) else v.help) for n, v in self.verbs.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def build_command(name: str, verb: Verb) -> click.Command:
+    """The click command of one stage, its flags generated from its configuration."""
+    from fmdeploy.command import Command, click_options
+
+    module, _, attribute = verb.target.partition(":")
+    stage: Command[Any, Any] = getattr(importlib.import_module(module), attribute)
+    common: list[click.Parameter] = [
+        click.Option(["--config", "config_file"], type=click.STRING, help="TOML file with the same keys; flags win."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one machine-readable result on stdout."),
+    ]
+
+    def callback(config_file: str | None, as_json: bool, **flags: Any) -> None:
+        run_stage(stage, Path(config_file) if config_file else None, as_json, flags)
+
+    return click.Command(name, params=click_options(stage.config) + common, help=stage.__doc__ or verb.help,
+                         short_help=verb.help, callback=callback)
+
+
+def run_stage(stage: Any, config_file: Path | None, as_json: bool, flags: dict[str, Any]) -> None:
+    """Run one stage, print its outcome and exit with its code."""
+    from fmdeploy.command import outcome_of
+    from fmdeploy.config import load_config
+
+    given = {key: value for key, value in flags.items() if value is not None and value != ()}
+    config = load_config(stage.config, given, file=config_file)
+    outcome = outcome_of(stage.run(config))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(outcome.data, sort_keys=True) if as_json else "\n".join(outcome.lines), flush=True)
+    sys.exit(outcome.exit_code)
+
+
+@click.command(cls=LazyGroup, verbs=VERBS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fmdeploy", message="%(version)s")
+def group() -> None:
+    """Take a driving foundation model to a Jetson Orin, with proof.
+
+    teacher → cached features → distilled student → INT8 → ONNX bundle → gates → runtime.
+    Exit codes: 0 ok, 1 a gate failed or was not measured, 2 bad input, 3 something is missing here, 4 a bug.
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: every error becomes one line and its exit code."""
+    try:
+        group.main(args=argv, prog_name="fmdeploy", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print("fmdeploy: interrupted; no artifact was left half-written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        sys.exit(report_error(error))
+
+
+def report_error(error: Exception) -> int:
+    """Print one line for a user's error, a traceback for a bug; return the exit code."""
+    from fmdeploy.errors import FmdeployError
+
+    if isinstance(error, FmdeployError) and error.exit_code != 4:
+        print(f"fmdeploy: {error}", file=sys.stderr)
+        return error.exit_code
+    import traceback
+
+    traceback.print_exception(error)
+    print("fmdeploy: this is a bug in fmdeploy; please report the lines above", file=sys.stderr)
+    return 4

@@ -1,0 +1,130 @@
+"""Typed, strict configuration: one frozen model a stage, filled from TOML and flags.
+
+Unknown keys and wrong types are errors that name the key, the closest valid one and all problems at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from fmdeploy.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - JetPack 6 has Python 3.10
+    import tomli as tomllib
+
+
+class PathRole:
+    """Marks a field that says where something lies: it is not part of what is computed."""
+
+
+class RunOnly:
+    """Marks a field that changes how a stage runs but never its result (workers, threads)."""
+
+
+class Positional:
+    """Marks a field that the command line takes as an argument instead of a flag: `fmdeploy check BUNDLE`."""
+
+
+InputPath = Annotated[Path, PathRole()]
+OutputPath = Annotated[Path, PathRole()]
+
+ConfigT = TypeVar("ConfigT", bound="StageConfig")
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def resolved(self) -> dict[str, Any]:
+        """What goes into the manifest: every value that decides the result, defaults included."""
+        dumped = self.model_dump(mode="json")
+        return {name: dumped[name] for name, field in type(self).model_fields.items() if decides_result(field)}
+
+
+def decides_result(field: FieldInfo) -> bool:
+    """False for paths and for fields marked `RunOnly`."""
+    return not any(isinstance(mark, (PathRole, RunOnly)) for mark in marks_of(field))
+
+
+def marks_of(field: FieldInfo) -> list[object]:
+    """What `Annotated` says about a field, also inside Optional and tuple."""
+    marks = list(field.metadata)
+    for argument in getattr(field.annotation, "__args__", ()):
+        marks += list(getattr(argument, "__metadata__", ()))
+    return marks
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        ConfigError: it is missing or not TOML; the text names the line.
+    """
+    if not path.is_file():
+        raise ConfigError("no such configuration file", where=path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not TOML: {error}", where=path) from error
+
+
+def load_config(model: type[ConfigT], values: Mapping[str, Any], *, file: Path | None = None) -> ConfigT:
+    """Build `model` from a TOML file and from values that win over it.
+
+    Raises:
+        ConfigError: any key is unknown or any value does not fit; all problems are named.
+    """
+    merged = {**(read_toml(file) if file else {}), **values}
+    return validate(model, merged, where=file or "configuration")
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def validate(model: type[ModelT], values: Mapping[str, Any], *, where: object) -> ModelT:
+    """Strict validation (no silent casts) of plain values into any pydantic model.
+
+    Raises:
+        ConfigError: with every problem in one line.
+    """
+    try:
+        text = json.dumps(dict(values), default=_jsonable)
+    except TypeError as error:
+        raise ConfigError(f"holds a value that no configuration can hold: {error}", where=where) from error
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problems(model, error)), where=where) from error
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} {value!r}")
+
+
+def _problems(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"])) or "(all)"
+        if item["type"] == "extra_forbidden":
+            yield f"unknown key {key!r}{_closest(model, str(item['loc'][-1]))}"
+        elif item["type"] == "missing":
+            yield f"{key!r} is required"
+        else:
+            yield f"{key!r}: {item['msg'].removeprefix('Value error, ').lower()}, found {item['input']!r}"
+
+
+def _closest(model: type[BaseModel], key: str) -> str:
+    near = difflib.get_close_matches(key, model.model_fields, n=1)
+    return f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(model.model_fields)})"

@@ -1,0 +1,1 @@
+"""Datasets: recording, format, splits, audit."""

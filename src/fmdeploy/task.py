@@ -1,0 +1,145 @@
+"""What a user brings: data, networks, losses and metrics of one task.
+
+A task is a class; only `io`, `metrics` and `loss`, and the networks, must be given. This module and the methods
+that the device calls (`samples`, `metrics`) are free of torch; the others import it when they run.
+"""
+
+# B batch, N samples, K sufficient statistics, C channels, H rows, W columns
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from fmdeploy.errors import ConfigError
+from fmdeploy.iospec import IOSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fmdeploy.data.format import Dataset
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+ValueT = TypeVar("ValueT")
+
+BUILT_IN = {
+    "bev-occupancy": "fmdeploy.tasks.bev_occupancy:BevOccupancy",
+    "image-classification": "fmdeploy.tasks.image_classification:ImageClassification",
+}
+
+
+class Samples(Protocol):
+    """Samples of one split, addressed by number."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Stable name of each sample, `<sequence>/<frame>`."""
+
+    @property
+    def groups(self) -> Array:
+        """(N,) int64: samples with equal numbers are not independent (one simulation, one drive)."""
+
+    @property
+    def slices(self) -> Mapping[str, Array]:
+        """Name of a slicing → (N,) labels, such as scenario, weather, rare."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Array) -> tuple[Arrays, Arrays]:
+        """Inputs and targets of the samples `index` (B,), without augmentation; equal calls give equal bytes."""
+
+
+class Metric(Protocol):
+    """A number that is a function of sums over samples, so that any resampling is a weighted sum."""
+
+    name: str
+    higher_is_better: bool
+
+    def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
+        """(B, K) float64 sufficient statistics of each sample."""
+
+    def value(self, total: Array) -> Array:
+        """(..., K) summed statistics → (...) values; NaN where nothing was counted."""
+
+
+class Task(ABC):
+    """Base class of all tasks."""
+
+    name: str
+    teacher_layer: str = ""
+    student_layer: str = ""
+
+    @property
+    @abstractmethod
+    def io(self) -> IOSpec:
+        """Inputs and outputs of every network of this task."""
+
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """The first is the primary one: budgets and retention speak of it."""
+
+    @abstractmethod
+    def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        """Scalar loss against labels; sums over the batch must go over all ranks (see training.distributed)."""
+
+    @abstractmethod
+    def teacher(self, options: Mapping[str, Any]) -> nn.Module:
+        """A fresh teacher. `options` are the size fields of the teacher's configuration."""
+
+    @abstractmethod
+    def student(self, name: str, options: Mapping[str, Any]) -> nn.Module:
+        """A fresh student called `name`."""
+
+    def distillation_loss(self, outputs: dict[str, Tensor], teacher_outputs: dict[str, Tensor]) -> Tensor:
+        """Scalar loss against the teacher's logits: zero where they are equal. Default: KL over the last axis."""
+        from fmdeploy.training.losses import kl_divergence
+
+        return sum((kl_divergence(outputs[n], teacher_outputs[n]) for n in outputs), start=_zero(outputs))
+
+    def flip(self, values: dict[str, ValueT], mask: ValueT) -> dict[str, ValueT]:
+        """Mirror the samples where `mask` (B,) is true: inputs, targets and dense features alike. Default: never."""
+        return values
+
+    def samples(self, data: Dataset, split: str) -> Samples:
+        """Samples of one split. Default: every frame, arrays named as in `io` are inputs, the others targets."""
+        from fmdeploy.data.samples import ArraySamples
+
+        return ArraySamples.of(data, split, [spec.name for spec in self.io.inputs])
+
+    def panel(self, values: Arrays) -> Array:
+        """One picture (H, W, 3) uint8 of a single sample's inputs, outputs or targets, for the report."""
+        from fmdeploy.data.samples import first_image
+
+        return first_image(values)
+
+
+def _zero(outputs: dict[str, Tensor]) -> Tensor:
+    return next(iter(outputs.values())).new_zeros(())
+
+
+def load_task(name: str) -> Task:
+    """The built-in task `name`, or the user's own as `package.module:Class`.
+
+    Raises:
+        ConfigError: no such task, or it is not a `Task`.
+    """
+    target = BUILT_IN.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        raise ConfigError("no such task", where=f"task {name!r}", expected=f"{', '.join(BUILT_IN)} or module:Class")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if target != name:
+            raise
+        raise ConfigError(f"cannot be loaded: {error}", where=f"task {name!r}",
+                          fix="Is the module on PYTHONPATH?") from error
+    task = found() if isinstance(found, type) else found
+    if not isinstance(task, Task):
+        raise ConfigError("is not an fmdeploy Task", where=f"task {name!r}", found=type(task).__name__)
+    return task

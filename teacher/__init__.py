@@ -1,0 +1,1 @@
+"""Teachers: training, adaptation and the feature cache."""

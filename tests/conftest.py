@@ -1,0 +1,66 @@
+"""Capabilities are probed once; a missing one skips with its reason, unless FMDEPLOY_REQUIRE names it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# One thread a process: tests share two cores, and oversubscribed thread pools are many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _no_trt() -> str | None:
+    return None if importlib.util.find_spec("tensorrt") else "the package tensorrt is not installed"
+
+
+def _no_jetson() -> str | None:
+    return None if Path("/etc/nv_tegra_release").exists() else "not a Jetson"
+
+
+def _no_docker() -> str | None:
+    return None if Path("/var/run/docker.sock").exists() else "no Docker engine"
+
+
+PROBES: dict[str, Callable[[], str | None]] = {
+    "gpu": _no_gpu, "trt": _no_trt, "jetson": _no_jetson, "container": _no_docker,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the code says now")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    required = set(filter(None, os.environ.get("FMDEPLOY_REQUIRE", "").split(",")))
+    reasons = {name: probe() for name, probe in PROBES.items() if any(i.get_closest_marker(name) for i in items)}
+    if absent := [f"{name}: {reasons[name]}" for name in sorted(required) if reasons.get(name)]:
+        raise pytest.UsageError(f"FMDEPLOY_REQUIRE asks for what is not here: {'; '.join(absent)}")
+    for item in items:
+        for name, reason in reasons.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be rewritten."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT

@@ -1,0 +1,164 @@
+"""Configuration is strict; the command line says one line and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fmdeploy import cli
+from fmdeploy.artifact import open_artifact
+from fmdeploy.command import Outcome, click_options, command
+from fmdeploy.config import InputPath, OutputPath, RunOnly, StageConfig, load_config
+from fmdeploy.draft import produce
+from fmdeploy.errors import ConfigError, FmdeployError, GateError, InputError, MissingDependencyError
+from fmdeploy.manifest import Kind
+from fmdeploy.optional import require
+
+
+class Sizes(StageConfig):
+    out: OutputPath
+    data: InputPath | None = None
+    steps: int = 10
+    rate: float = 0.1
+    mode: Literal["ptq", "qat"] = "ptq"
+    scenarios: tuple[str, ...] = ("a", "b")
+    resume: bool = True
+    workers: Annotated[int, RunOnly()] = 1
+
+
+def test_file_and_flags_merge_and_flags_win(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('steps = 3\nrate = 1\nscenarios = ["x"]\nout = "from_file"\n')
+    config = load_config(Sizes, {"steps": 4, "out": tmp_path}, file=file)
+    assert (config.steps, config.rate, config.scenarios, config.out) == (4, 1.0, ("x",), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stepz = 3", "unknown key 'stepz', did you mean 'steps'"),
+        ('steps = "3"', "'steps': input should be a valid integer, found '3'"),
+        ("steps = 3.5", "'steps'"),
+        ("resume = 1", "'resume'"),
+        ('mode = "int4"', "'mode': input should be 'ptq' or 'qat', found 'int4'"),
+        ("rate = nan", "'rate'"),
+        ("steps = = 3", "is not TOML"),
+        ("stepz = 3\nsteps = 'x'", "unknown key 'stepz'.*"),
+    ],
+)
+def test_bad_configuration_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(Sizes, {"out": "x"}, file=file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?=.*stepz)(?=.*'mode')(?=.*'out' is required)"):
+        load_config(Sizes, {"stepz": 1, "mode": "x"})
+
+
+def test_paths_and_run_only_fields_stay_out_of_the_manifest(tmp_path: Path) -> None:
+    resolved = load_config(Sizes, {"out": "x", "data": "y", "workers": 7}).resolved()
+    assert set(resolved) == {"steps", "rate", "mode", "scenarios", "resume"}
+
+
+def test_flags_are_the_fields() -> None:
+    flags = {o.opts[0] for o in click_options(Sizes)}
+    assert flags == {"--out", "--data", "--steps", "--rate", "--mode", "--scenarios", "--resume", "--workers"}
+
+
+@command(Sizes)
+def toy(config: Sizes) -> Outcome:
+    """A stage for tests."""
+    if config.steps == 13:
+        raise GateError("the gate failed", where="toy", expected=1, found=2, fix="Try again")
+    if config.steps == 14:
+        raise ZeroDivisionError("a bug")
+    if config.steps == 15:
+        raise KeyboardInterrupt
+    return Outcome((f"steps {config.steps}", *config.scenarios), {"steps": config.steps}, exit_code=config.steps % 2)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    monkeypatch.setitem(cli.VERBS, "toy", cli.Verb("fmdeploy_toy:toy", "A toy."))
+    monkeypatch.setitem(sys.modules, "fmdeploy_toy", sys.modules[__name__])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["toy", *argv])
+    seen = capsys.readouterr()
+    return int(stop.value.code or 0), seen.out, seen.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "out", "err"),
+    [
+        (["--out", "x", "--steps", "4", "--scenarios", "q"], 0, "steps 4\nq\n", ""),
+        (["--out", "x", "--steps", "5", "--json"], 1, '{"steps": 5}\n', ""),
+        (["--steps", "4"], 2, "", "fmdeploy: configuration: 'out' is required\n"),
+        (["--out", "x", "--mode", "int4"], 2, "", "Invalid value for '--mode'"),
+        (["--out", "x", "--stepz", "4"], 2, "", "No such option"),
+        (["--out", "x", "--steps", "13"], 1, "", "toy: the gate failed (expected 1, found 2). Try again\n"),
+        (["--out", "x", "--steps", "14"], 4, "", "ZeroDivisionError"),
+        (["--out", "x", "--steps", "15"], 130, "", "interrupted"),
+        (["--out", "x", "--config", "nowhere.toml"], 2, "", "no such configuration file"),
+    ],
+)
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str], code: int,
+                    out: str, err: str) -> None:
+    got = run(monkeypatch, capsys, *argv)
+    assert (got[0], got[1]) == (code, out)
+    assert err in got[2]
+    assert ("Traceback" in got[2]) == (code == 4)
+
+
+def test_every_verb_and_group_answers_help() -> None:
+    runner = CliRunner()
+    for name, entry in cli.VERBS.items():
+        for argv in ([[name, sub, "--help"] for sub in entry] if isinstance(entry, dict) else [[name, "--help"]]):
+            result = runner.invoke(cli.group, argv)
+            assert result.exit_code == 0, (argv, result.output, result.exception)
+            assert "--json" in result.output
+
+
+def test_an_unknown_verb_is_bad_usage() -> None:
+    done = subprocess.run([sys.executable, "-m", "fmdeploy", "distil"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "No such command 'distil'" in done.stderr
+
+
+def test_show_prints_the_lineage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = produce(tmp_path / "d", Kind.DATASET, stage="data record", config=Sizes(out=tmp_path), inputs={},
+                   build=lambda d: d.write_json("metrics.json", {"frames": 3}))
+    produce(tmp_path / "t", Kind.TEACHER, stage="teacher train", config=Sizes(out=tmp_path), inputs={"data": data},
+            build=lambda d: d.write_text("x", "1"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["show", str(tmp_path / "t"), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert shown["inputs"]["data"]["digest"] == data.digest
+    assert shown["digest"] == open_artifact(tmp_path / "t").digest
+
+
+def test_a_missing_package_says_what_to_install() -> None:
+    with pytest.raises(MissingDependencyError, match=r"pip install 'fmdeploy\[tensorrt\]'") as caught:
+        require("tensorrt.no_such_part")
+    assert caught.value.exit_code == 3
+    assert isinstance(caught.value, ImportError)
+
+
+def test_the_error_tree_has_the_documented_exit_codes() -> None:
+    assert (FmdeployError("x").exit_code, GateError("x").exit_code, InputError("x").exit_code) == (4, 1, 2)
+    assert str(InputError("two\nlines", where="a", expected=1)) == "a: two lines (expected 1)"
+
+
+def test_click_is_not_asked_for_required_flags() -> None:
+    assert not any(o.required for o in click_options(Sizes) if isinstance(o, click.Option))
