@@ -1,6 +1,7 @@
 """What a user brings: data, networks, losses and metrics of one task.
 
-A task is a class; only `io`, `metrics` and `loss`, and the networks, must be given. This module and the methods
+A task is a class; `io`, `metrics`, the two losses and the networks must be given (`tasks.ImageClassification` gives all
+but the networks). This module and the methods
 that the device calls (`samples`, `metrics`) are free of torch; the others import it when they run.
 """
 
@@ -10,11 +11,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-
+from fmdeploy.arrays import Array, Arrays
 from fmdeploy.errors import ConfigError
 from fmdeploy.iospec import IOSpec
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from fmdeploy.data.format import Dataset
 
-Array = np.ndarray[Any, Any]
-Arrays = dict[str, Array]
+__all__ = ["Array", "Arrays", "Metric", "Samples", "Task", "load_task"]
 ValueT = TypeVar("ValueT")
 
 BUILT_IN = {
@@ -95,11 +94,9 @@ class Task(ABC):
     def student(self, name: str, options: Mapping[str, Any]) -> nn.Module:
         """A fresh student called `name`."""
 
+    @abstractmethod
     def distillation_loss(self, outputs: dict[str, Tensor], teacher_outputs: dict[str, Tensor]) -> Tensor:
-        """Scalar loss against the teacher's logits: zero where they are equal. Default: KL over the last axis."""
-        from fmdeploy.training.losses import kl_divergence
-
-        return sum((kl_divergence(outputs[n], teacher_outputs[n]) for n in outputs), start=_zero(outputs))
+        """Scalar loss against the teacher's logits: exactly zero where the two are equal."""
 
     def flip(self, values: dict[str, ValueT], mask: ValueT) -> dict[str, ValueT]:
         """Mirror the samples where `mask` (B,) is true: inputs, targets and dense features alike. Default: never."""
@@ -111,15 +108,15 @@ class Task(ABC):
 
         return ArraySamples.of(data, split, [spec.name for spec in self.io.inputs])
 
+    def baselines(self) -> Mapping[str, Callable[[Arrays], Arrays]]:
+        """Trivial predictions that a network must beat: name → function from inputs to outputs. Default: none."""
+        return {}
+
     def panel(self, values: Arrays) -> Array:
         """One picture (H, W, 3) uint8 of a single sample's inputs, outputs or targets, for the report."""
         from fmdeploy.data.samples import first_image
 
         return first_image(values)
-
-
-def _zero(outputs: dict[str, Tensor]) -> Tensor:
-    return next(iter(outputs.values())).new_zeros(())
 
 
 def load_task(name: str) -> Task:

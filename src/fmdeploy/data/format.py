@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.config import OutputPath, StageConfig
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import DataError
 from fmdeploy.manifest import Kind
-from fmdeploy.task import Arrays
 
 SPLITS = ("train", "val", "test")
 SEQUENCES_PER_SHARD = 64

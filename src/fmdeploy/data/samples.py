@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fmdeploy.arrays import Array, Arrays
 from fmdeploy.data.format import Dataset
 from fmdeploy.errors import DataError
-from fmdeploy.task import Array, Arrays
 
 SLICE_PREFIX = "slice_"
 

@@ -1,0 +1,93 @@
+"""What `Runtime.infer` costs over the bare session, with all guards on, and what each guard costs.
+
+    python benchmarks/runtime_overhead.py [--bundle DIR] [--runs N]
+
+Rounds of bare, infer, bare in one process; `control` is bare against bare (A/A). Without `--bundle` it uses a small
+convolutional model with the demo task's inputs: lidar (8, 64, 64) and camera (12, 64, 64), 328 kB of float32.
+Target: overhead at most 50 µs at the median. Guard lines are measured right after a model run, that is with the caches
+as a run leaves them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from fmdeploy.runtime import Runtime
+from fmdeploy.runtime.latency import measure_overhead
+from fmdeploy.runtime.protocol import Arrays
+from support.bundles import inputs, make_bundle
+
+TARGET_US = 50.0
+BLOCKS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--runs", type=int, default=300)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.bundle or make_bundle(Path(folder) / "bundle", size=64).root
+        for tier in ("int8-cpu", "fp32"):
+            report(Runtime(root, tiers=(tier,)), max(options.runs, 30))
+
+
+def report(runtime: Runtime, runs: int) -> None:
+    frames = distinct_frames(runtime)
+    blocks = [measure_overhead(runtime, frames, runs) for _ in range(BLOCKS)]
+    best = min(blocks, key=lambda block: block["overhead_us"])
+    overheads = sorted(block["overhead_us"] for block in blocks)
+    size = sum(array.nbytes for array in frames[0].values())
+    print(f"\n{runtime.tier}: {size / 1000:.0f} kB a frame, {BLOCKS} blocks of {runs} rounds, 1 thread")
+    print(f"  bare session.run      {best['bare_us']:8.1f} µs")
+    print(f"  Runtime.infer         {best['infer_us']:8.1f} µs   ratio {best['ratio']:.3f}")
+    print(f"  overhead              {np.median(overheads):8.1f} µs   blocks {', '.join(f'{o:.1f}' for o in overheads)}"
+          f"   (target {TARGET_US:g})")
+    print(f"  control bare - bare   {best['control_us']:8.1f} µs   ratio {1 + best['control_us'] / best['bare_us']:.3f}")
+    for name, cost in guard_costs(runtime, frames, runs).items():
+        print(f"    {name:30}{cost:8.1f} µs")
+
+
+def distinct_frames(runtime: Runtime) -> list[Arrays]:
+    """Sparse binary frames with the bundle's shapes; each owns its memory."""
+    specs = runtime.bundle.io.inputs
+    if {spec.name for spec in specs} != {"lidar", "camera"}:
+        return [{name: array.copy() for name, array in runtime.bundle.golden.sample(n).items()}
+                for n in range(len(runtime.bundle.golden))]
+    batch = inputs(4, specs[0].shape[1])
+    return [{name: array[n].copy() for name, array in batch.items()} for n in range(4)]
+
+
+def guard_costs(runtime: Runtime, frames: list[Arrays], runs: int) -> dict[str, float]:
+    """Median µs of every step of `infer` but the model, in order, each after a model run."""
+    guards, run = runtime._guards, runtime.backend.run
+    feeds = guards.take(frames[0])
+    results = dict(zip(runtime.backend.output_names, run(feeds), strict=True))
+    steps: dict[str, Callable[[Arrays], object]] = {
+        "structure": lambda frame: guards.structure(frame, None),
+        "copy": guards.take,
+        "NaN and range": lambda _: guards.fatal(),
+        "constant, frozen, statistics": lambda _: guards.doubts(),
+        "outputs finite": lambda _: guards.outputs(results),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(runs):
+        run(feeds)
+        for name, step in steps.items():
+            start = time.perf_counter_ns()
+            step(frames[number % len(frames)])
+            times[name].append((time.perf_counter_ns() - start) / 1e3)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    main()

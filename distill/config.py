@@ -1,0 +1,50 @@
+"""Options of `distill`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fmdeploy.config import InputPath, OutputPath
+from fmdeploy.training.config import TrainingConfig
+
+SIZES = ("stem_width", "width", "dim", "depth")
+
+
+class DistillConfig(TrainingConfig):
+    """How the student is trained. Without a teacher it learns from labels alone."""
+
+    data: InputPath = Field(description="DATASET")
+    out: OutputPath = Field(description="Where the STUDENT is written")
+    teacher: InputPath | None = Field(None, description="TEACHER; none given: labels only")
+    features: InputPath | None = Field(None, description="FEATURES of that teacher; none given: the teacher runs live")
+    build_cache: OutputPath | None = Field(None, description="Write the FEATURES there first, then use them")
+    task: str = Field("bev-occupancy", description="built-in task, or module:Class")
+    student: str = Field("cnn", description="cnn, vit, hf:FOLDER, timm:NAME or module:callable")
+    stem_width: int | None = Field(None, ge=1, description="student's channels at half resolution")
+    width: int | None = Field(None, ge=1, description="student's channels")
+    dim: int | None = Field(None, ge=1, description="student's transformer width")
+    depth: int | None = Field(None, ge=1, description="student's transformer blocks")
+    labels: float = Field(1.0, ge=0, le=1, description="share of the train simulations whose labels are used")
+    label_seed: int = Field(0, ge=0, description="which simulations those are")
+    labelled_share: float = Field(0.25, gt=0, le=1, description="share of a batch drawn from labelled samples")
+    alpha_labels: float = Field(0.5, ge=0, description="weight of the loss against labels")
+    alpha_logits: float = Field(1.0, ge=0, description="weight of the loss against the teacher's logits")
+    alpha_features: float = Field(0.1, ge=0, description="weight of the loss against the teacher's features")
+    steps: int = Field(550, ge=1, description="optimiser steps")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> DistillConfig:
+        if self.teacher is None and (self.features or self.build_cache):
+            raise ValueError("features need the teacher they came from: give --teacher too")
+        if self.features and self.build_cache:
+            raise ValueError("give either features or build_cache, not both")
+        if self.teacher is None and self.labels == 0:
+            raise ValueError("without a teacher there must be labels")
+        return self
+
+    def sizes(self) -> dict[str, Any]:
+        """The size options that were given, for `Task.student`."""
+        given = {name: getattr(self, name) for name in SIZES}
+        return {name: value for name, value in given.items() if value is not None}

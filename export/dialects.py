@@ -1,0 +1,137 @@
+"""One grid of numbers, two spellings: the TensorRT dialect and the one that ONNX Runtime's CPU kernels fuse.
+
+TensorRT wants signed activations with zero point 0. ONNX Runtime on x86 multiplies unsigned activations with
+signed weights (U8S8): the same file that is right for TensorRT runs slower than float there. `cpu_dialect` moves
+each activation's zero point, and nothing else:
+
+- tensors that can be negative: uint8 with zero point 128. q + 128 for q in [-128, 127] is the same grid: exact.
+- tensors that cannot (behind a ReLU): uint8 with zero point 0 and the same scale. Equal up to 127 * scale, where the
+  signed grid clips and this one goes on to 255. ONNX Runtime drops the ReLU only with this spelling.
+
+On arm64 the kernels are signed (S8S8): the same two cases are spelled int8 with zero point 0 and -128.
+Weights become int8 initialisers behind a DequantizeLinear, since ONNX Runtime fuses no weight that it must quantise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import ModelProto, NodeProto, helper
+
+from fmdeploy.errors import ModelFileError
+from fmdeploy.export.graph import DQ, Array, Graph, Q, attribute
+
+NON_NEGATIVE = {"Relu", "Sigmoid", "Softmax", "Abs", "Exp", "HardSigmoid", "Softplus"}
+KEEPS_SIGN = {
+    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "Resize",
+    "DepthToSpace", "SpaceToDepth", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split",
+    "Concat", "Add", "Identity", Q, DQ,
+}
+
+
+def cpu_dialect(model: ModelProto, *, signed: bool = False, non_negative: Collection[str] = ()) -> ModelProto:
+    """Return the CPU spelling of a model in the TensorRT dialect.
+
+    Args:
+        model: Q/DQ pairs with zero point 0 throughout, float biases; not changed.
+        signed: spell activations int8, for arm64; otherwise uint8, for x86-64.
+        non_negative: names of model inputs that are never below 0.
+
+    Raises:
+        ModelFileError: the model is in another dialect.
+    """
+    copied = ModelProto()
+    copied.CopyFrom(model)
+    graph = Graph(copied)
+    require_symmetric(graph)
+    for node in graph.nodes(Q):
+        if node.input[0] in graph.constants:
+            _fold_weight(graph, node)
+        else:
+            _move_zero_point(graph, node, signed=signed, non_negative=non_negative)
+    graph.remove([node for node in graph.nodes(Q) if node.input[0] in graph.constants])
+    _fold_transposes(graph)
+    graph.drop_unused()
+    return copied
+
+
+def require_symmetric(graph: Graph) -> None:
+    """Check that every zero point is a signed 0.
+
+    Raises:
+        ModelFileError: one is not: TensorRT would refuse this file.
+    """
+    for node in graph.nodes(Q, DQ):
+        zero = graph.constants.get(node.input[2]) if len(node.input) > 2 else None
+        if zero is None or zero.dtype != np.int8 or np.any(zero != 0):
+            raise ModelFileError("is not in the TensorRT dialect", where=node.name, expected="int8 zero point 0",
+                                 found="none" if zero is None else f"{zero.dtype} {zero.ravel()[:3]}")
+
+
+def is_non_negative(graph: Graph, tensor: str, known: Collection[str]) -> bool:
+    """Whether the values of `tensor` can be proven not to be below 0."""
+    if tensor in known:
+        return True
+    node = graph.maker.get(tensor)
+    if node is None:
+        constant = graph.constants.get(tensor)
+        return constant is not None and bool(np.all(constant >= 0))
+    if node.op_type in NON_NEGATIVE:
+        return True
+    if node.op_type == "Clip":
+        low = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
+        return low is not None and float(low) >= 0
+    if node.op_type not in KEEPS_SIGN or (node.op_type == "Resize" and attribute(node, "mode") == b"cubic"):
+        return False
+    operands = node.input if node.op_type in ("Concat", "Add") else node.input[:1]
+    return all(is_non_negative(graph, name, known) for name in operands)
+
+
+def _move_zero_point(graph: Graph, node: NodeProto, *, signed: bool, non_negative: Collection[str]) -> None:
+    lowest = is_non_negative(graph, node.input[0], non_negative)
+    value = (0 if lowest else 128) - (128 if signed else 0)
+    zero = np.array(value, np.int8 if signed else np.uint8)
+    name = graph.set_constant(f"zero_point_{zero.dtype}_{'relu' if lowest else 'middle'}", zero)
+    node.input[2] = name
+    for reader in graph.readers[node.output[0]]:
+        if reader.op_type != DQ:
+            raise ModelFileError("a quantised tensor is read by another operation", where=node.name, expected=DQ,
+                                 found=reader.op_type)
+        reader.input[2] = name
+
+
+def quantised_weight(graph: Graph, node: NodeProto) -> Array:
+    """Return the int8 values that a QuantizeLinear `node` gives for its constant input (ONNX: round half to even)."""
+    weight, scale = graph.constants[node.input[0]], graph.constants[node.input[1]]
+    if scale.ndim:
+        shape = [1] * weight.ndim
+        shape[attribute(node, "axis", 1)] = -1
+        scale = scale.reshape(shape)
+    levels: Array = np.clip(np.rint(weight / scale), -128, 127).astype(np.int8)
+    return levels
+
+
+def _fold_weight(graph: Graph, node: NodeProto) -> None:
+    name = graph.set_constant(f"{node.input[0]}_int8", quantised_weight(graph, node))
+    graph.redirect(node.output[0], name)
+
+
+def _fold_transposes(graph: Graph) -> None:
+    """Store weights the way MatMul reads them, where the export left a Transpose behind their DequantizeLinear."""
+    gone = []
+    for node in graph.nodes("Transpose"):
+        dequantize = graph.maker.get(node.input[0])
+        if dequantize is None or dequantize.op_type != DQ or dequantize.input[0] not in graph.constants:
+            continue
+        if len(graph.readers[dequantize.output[0]]) > 1:
+            continue
+        order = list(attribute(node, "perm"))
+        weight = graph.constants[dequantize.input[0]].transpose(order)
+        dequantize.input[0] = graph.set_constant(f"{dequantize.input[0]}_t", weight)
+        axis = order.index(attribute(dequantize, "axis", 1))
+        del dequantize.attribute[:]
+        dequantize.attribute.append(helper.make_attribute("axis", axis))
+        graph.redirect(node.output[0], dequantize.output[0])
+        gone.append(node)
+    graph.remove(gone)

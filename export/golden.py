@@ -1,0 +1,60 @@
+"""Golden vectors: a few inputs and what every file answered here, for the device to prove itself on.
+
+    golden.safetensors   input.<name>, target.<name>, output.<variant>.<name>, each (N, ...)
+    golden.json          per variant: smallest SQNR and largest metric change allowed elsewhere; ids; this machine
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from fmdeploy.draft import Draft
+from fmdeploy.errors import DataError
+from fmdeploy.export.isa import this_cpu
+from fmdeploy.export.parity import Outputs, Predict, outputs_of
+from fmdeploy.task import Samples, Task
+
+# Another machine rounds other sums to another level; saturation or a broken kernel costs far more than this.
+TOLERANCE_DB = {"fp32": 60.0, "int8": 30.0, "int8-cpu": 35.0}
+METRIC_TOLERANCE = 0.02
+
+
+def write_golden(
+    draft: Draft, task: Task, samples: Samples, predictors: dict[str, Predict], *, saturating: tuple[str, ...]
+) -> None:
+    """Run every variant on `samples` and write both files.
+
+    Args:
+        draft: Of a BUNDLE.
+        task: Names the metric.
+        samples: The golden samples.
+        predictors: Variant → the file, run the way that defines it.
+        saturating: Layers of `int8-cpu` that may saturate on x86 without VNNI.
+
+    Raises:
+        DataError: a variant answers with NaN or infinity.
+    """
+    inputs, targets = samples.batch(np.arange(len(samples)))
+    tensors = {f"input.{name}": array for name, array in inputs.items()}
+    tensors |= {f"target.{name}": np.asarray(array) for name, array in targets.items()}
+    variants: dict[str, Any] = {}
+    for variant, predict in predictors.items():
+        outputs = outputs_of(predict, samples, task)
+        _require_finite(variant, outputs)
+        tensors |= {f"output.{variant}.{name}": array for name, array in outputs.arrays.items()}
+        value = outputs.value if np.isfinite(outputs.value) else None
+        variants[variant] = {"sqnr_db": TOLERANCE_DB[variant], "metric": value, "metric_tolerance": METRIC_TOLERANCE}
+    draft.write_tensors("golden.safetensors", tensors)
+    draft.write_json("golden.json", {
+        "variants": variants, "samples": list(samples.ids), "metric": task.metrics()[0].name,
+        "made_on": asdict(this_cpu()), "saturates_without_vnni": list(saturating),
+    })
+
+
+def _require_finite(variant: str, outputs: Outputs) -> None:
+    for name, array in outputs.arrays.items():
+        if not np.isfinite(array).all():
+            raise DataError(f"model.{variant}.onnx answers with NaN or infinity", where=f"output {name!r}")

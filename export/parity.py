@@ -1,0 +1,148 @@
+"""Parity: every file of a bundle against what it was made from, in SQNR per output and in the task's metric.
+
+    fp32       torch float            what simplification and another runtime change: nothing to speak of
+    int8       torch fake-quant       the file as it is written (graph optimisation off)
+    int8-cpu   int8                   as ONNX Runtime really runs it here: integer arithmetic, rounded biases
+
+The last two cannot be equal: a sum that lands on the other side of a rounding step moves a tensor by one level, and
+later layers spread it. Even torch against torch with another convolution algorithm gives 49 dB there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fmdeploy.errors import GateError
+from fmdeploy.evaluate.evaluation import evaluate
+from fmdeploy.quantize.sqnr import finite_db, sqnr_db
+from fmdeploy.task import Array, Arrays, Samples, Task
+
+Predict = Callable[[Arrays], Arrays]
+FLOOR_DB = {"fp32": 60.0, "int8": 40.0, "int8-cpu": 30.0}
+METRIC_TOLERANCE = 0.01  # largest change of the primary metric, absolute
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One variant against its reference, on the same samples."""
+
+    variant: str
+    against: str
+    sqnr_db: dict[str, float]
+    metric: str
+    value: float
+    reference_value: float
+    num_samples: int
+
+    def __str__(self) -> str:
+        ratios = ", ".join(f"{output} {value:.1f} dB" for output, value in self.sqnr_db.items())
+        return (f"{self.variant} against {self.against}: {ratios}; "
+                f"{self.metric} {self.value:.4f}, reference {self.reference_value:.4f}")
+
+    @property
+    def floor_db(self) -> float:
+        """Smallest SQNR that passes."""
+        return FLOOR_DB[self.variant]
+
+    @property
+    def metric_tolerance(self) -> float:
+        """Largest change of the metric that passes: on few samples, two of them may change sides."""
+        return max(METRIC_TOLERANCE, 2 / self.num_samples)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "against": self.against,
+            "sqnr_db": {name: finite_db(value) for name, value in self.sqnr_db.items()},
+            "floor_db": self.floor_db,
+            self.metric: _plain(self.value),
+            f"{self.metric}_of_reference": _plain(self.reference_value),
+            "samples": self.num_samples,
+        }
+
+
+def _plain(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def subset(samples: Samples, count: int) -> Subset:
+    """Choose up to `count` samples, evenly spaced."""
+    return Subset(samples, np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64)))
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the samples of a split; see `task.Samples`."""
+
+    whole: Samples
+    index: Array
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the chosen samples."""
+        return tuple(self.whole.ids[k] for k in self.index)
+
+    @property
+    def groups(self) -> Array:
+        """(N,) int64 clusters of the chosen samples."""
+        return np.asarray(self.whole.groups)[self.index]
+
+    @property
+    def slices(self) -> dict[str, Array]:
+        """Slicings of the chosen samples."""
+        return {name: np.asarray(labels)[self.index] for name, labels in self.whole.slices.items()}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batch(self, index: Array) -> tuple[Arrays, Arrays]:
+        """Inputs and targets of the samples `index` (B,) of this subset."""
+        return self.whole.batch(self.index[index])
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model said about all samples: outputs by name (N, ...) and the primary metric's value."""
+
+    arrays: Arrays
+    value: float
+
+
+def outputs_of(predict: Predict, samples: Samples, task: Task) -> Outputs:
+    """Run a model over all samples once and keep its outputs."""
+    kept: list[Arrays] = []
+
+    def remember(inputs: Arrays) -> Arrays:
+        kept.append(predict(inputs))
+        return kept[-1]
+
+    metric = task.metrics()[0]
+    value = evaluate(remember, samples, (metric,), batch_size=32).value(metric)
+    return Outputs({name: np.concatenate([part[name] for part in kept]) for name in kept[0]}, value)
+
+
+def compare(variant: str, found: Outputs, against: str, reference: Outputs, task: Task) -> Parity:
+    """Put two models' outputs on the same samples beside each other."""
+    ratios = {name: sqnr_db(reference.arrays[name], found.arrays[name]) for name in reference.arrays}
+    count = len(next(iter(found.arrays.values())))
+    return Parity(variant, against, ratios, task.metrics()[0].name, found.value, reference.value, count)
+
+
+def require_parity(parity: Parity) -> None:
+    """Check one comparison.
+
+    Raises:
+        GateError: an output's SQNR is below the floor, or the metric moved too far.
+    """
+    for name, ratio in parity.sqnr_db.items():
+        if not ratio >= parity.floor_db:
+            raise GateError(f"model.{parity.variant}.onnx differs from {parity.against} in output {name!r}",
+                            expected=f">= {parity.floor_db:g} dB", found=f"{ratio:.1f} dB")
+    change = abs(parity.value - parity.reference_value)
+    if change > parity.metric_tolerance:
+        raise GateError(f"model.{parity.variant}.onnx differs from {parity.against} in {parity.metric}",
+                        expected=f"at most {parity.metric_tolerance:g}", found=f"{change:.4f}")

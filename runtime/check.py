@@ -1,0 +1,188 @@
+"""`fmdeploy check`: every budget, measured on this machine, with a result that a CI system can trust.
+
+Accuracy budgets hold for every tier, since each may come to serve; latency and memory hold for the tier that would
+serve here. INT8 must earn its place: it is preferred only where it is within its accuracy budgets *and* faster than
+FP32 beyond doubt (the interval of the paired speed-up lies above one).
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from fmdeploy.artifact import Artifact
+from fmdeploy.budgets import Budgets, read_budgets
+from fmdeploy.command import Outcome, command
+from fmdeploy.config import InputPath, OutputPath, StageConfig
+from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.draft import Draft, produce
+from fmdeploy.errors import ArtifactError, ConfigError
+from fmdeploy.evaluate.evaluation import Evaluation, data_key
+from fmdeploy.evaluate.examples import save_examples
+from fmdeploy.evaluate.gates import Row, gates_pass
+from fmdeploy.manifest import Kind
+from fmdeploy.progress import progress
+from fmdeploy.runtime.bundle import Bundle, open_bundle
+from fmdeploy.runtime.checkrows import Preference, accuracy_rows, prefer, resource_rows
+from fmdeploy.runtime.gatefiles import text_lines, write_gate_files
+from fmdeploy.runtime.latency import golden_frames, measure_latency, speedup, summary
+from fmdeploy.runtime.memory import probe_peak_mib
+from fmdeploy.runtime.run import task_name
+from fmdeploy.runtime.tiercheck import CheckedTier, Predictor, check_tier
+from fmdeploy.runtime.tiers import TIERS
+from fmdeploy.task import Metric, Samples, Task, load_task
+
+
+class CheckConfig(StageConfig):
+    """Options of `fmdeploy check`."""
+
+    bundle: InputPath = Field(description="Folder of a BUNDLE")
+    data: InputPath = Field(description="Folder of a DATASET")
+    out: OutputPath = Field(description="Folder of the CHECK to write")
+    budgets: InputPath | None = Field(default=None, description="A budgets.toml; default: the bundle's own")
+    target: str | None = Field(default=None, description="Target of the budgets; default: the only one")
+    split: str = Field(default="test", description="Split to evaluate on")
+    task: str = Field(default="", description="Task that reads the dataset; default: the bundle's")
+    tiers: tuple[str, ...] = Field(default=TIERS, min_length=1, description="Variants to check, best first")
+    threads: int = Field(default=1, ge=1, le=256, description="Threads inside one run")
+    runs: int = Field(default=300, ge=30, description="Latency rounds in which every tier takes one frame")
+
+
+class CheckRequest(StageConfig):
+    """What identifies a check: its options and the limits themselves, wherever they came from."""
+
+    task: str
+    split: str
+    tiers: tuple[str, ...]
+    threads: int
+    runs: int
+    target: str
+    machine: str
+    budgets: dict[str, Any]
+
+
+@command(CheckConfig)
+def check(config: CheckConfig) -> Outcome:
+    """Measure every budget here and write a CHECK; exit 1 when one fails or was not measured."""
+    bundle, data = open_bundle(config.bundle), open_dataset(config.data)
+    limits = bundle.budgets if config.budgets is None else read_budgets(config.budgets)
+    target, _ = limits.for_target(config.target)
+    name = task_name(bundle, config.task)
+    request = CheckRequest(task=name, split=config.split, tiers=config.tiers, threads=config.threads, runs=config.runs,
+                           target=target, machine=platform.machine(), budgets=limits.model_dump(mode="json"))
+    job = CheckJob(bundle, data, limits, request)
+    inputs = {"bundle": bundle.artifact, "data": data.artifact}
+    artifact = produce(config.out, Kind.CHECK, stage="check", config=request, inputs=inputs, build=job.build)
+    return outcome_of_check(artifact)
+
+
+def outcome_of_check(artifact: Artifact) -> Outcome:
+    """Return what a CHECK says, with its exit code: also for one that was written before."""
+    found = artifact.json("check.json")
+    rows = [Row.from_json(raw) for raw in artifact.json("gates.json")]
+    passed = gates_pass(rows)
+    lines = [*text_lines(rows), *found["notes"], f"{'passed' if passed else 'NOT PASSED'}: {artifact.root}"]
+    data = {"kind": artifact.kind.value, "path": str(artifact.root), "digest": artifact.digest, "passed": passed,
+            "gates": [row.to_json() for row in rows], **found}
+    return Outcome(tuple(lines), data, 0 if passed else 1)
+
+
+class CheckJob:
+    """One check in the making."""
+
+    def __init__(self, bundle: Bundle, data: Dataset, limits: Budgets, request: CheckRequest) -> None:
+        self.bundle, self.data, self.limits, self.request = bundle, data, limits, request
+        self.task: Task = load_task(request.task)
+        if self.task.io.digest != bundle.io.digest:
+            raise ArtifactError("has other inputs and outputs than the task", where=bundle.artifact.root,
+                                expected=f"io of task {request.task}", fix="Name the right --task")
+        self.metrics = self.task.metrics()
+        self.metric = _primary(self.metrics, limits.accuracy.metric)
+        self.key = data_key(data.digest, request.split)
+
+    def build(self, draft: Draft) -> None:
+        """Measure everything and write the CHECK, whatever the gates say."""
+        samples = self.task.samples(self.data, self.request.split)
+        tiers = self._tiers(samples)
+        running = {tier.name: tier.runtime for tier in tiers if tier.runtime is not None}
+        times = measure_latency(running, golden_frames(self.bundle), self.request.runs)
+        peaks = {name: probe_peak_mib(self.bundle, name, threads=self.request.threads) for name in running}
+        teacher = self._teacher()
+        rows = accuracy_rows(tiers, teacher, self.metric, self.limits.accuracy)
+        preference = prefer(tiers, rows, times)
+        _, budget = self.limits.for_target(self.request.target)
+        rows += resource_rows(self.bundle, preference.tier, times, peaks, self.limits.size_mib, budget)
+        self._write(draft, tiers, samples, rows, preference, times, peaks, teacher)
+
+    def _tiers(self, samples: Samples) -> list[CheckedTier]:
+        names, threads = self.request.tiers, self.request.threads
+        with progress("check", total=len(samples) * len(names)) as bar:
+            return [check_tier(self.bundle, name, samples, self.metrics, threads=threads, data=self.key, bar=bar)
+                    for name in names]
+
+    def _teacher(self) -> Evaluation | None:
+        """The teacher's evaluation from the bundle, when it is of this very data."""
+        if not self.bundle.artifact.has("teacher_evaluation.json"):
+            return None
+        found = Evaluation.load(self.bundle.artifact, "teacher_evaluation")
+        return found if found.data == self.key else None
+
+    def _write(
+        self, draft: Draft, tiers: Sequence[CheckedTier], samples: Samples, rows: list[Row], preference: Preference,
+        times: dict[str, list[float]], peaks: dict[str, float | None], teacher: Evaluation | None,
+    ) -> None:
+        for tier in tiers:
+            if tier.evaluation is not None:
+                tier.evaluation.save(draft, f"evaluation.{tier.name}")
+                save_examples(draft, Predictor(tier), samples, name=f"examples.{tier.name}")
+        values = {tier.name: self._values(tier.evaluation) for tier in tiers if tier.evaluation is not None}
+        if teacher is not None:
+            values["teacher"] = self._values(teacher)
+        draft.write_json("metrics.json", {"values": values, "samples": len(samples)})
+        draft.write_json("latency.json", {name: {"ms": ms, "threads": self.request.threads}
+                                          for name, ms in times.items()})
+        notes = [preference.reason, *_alarms(tiers, len(samples))]
+        draft.write_json("check.json", {
+            "bundle": self.bundle.digest, "data": self.data.digest, "task": self.request.task,
+            "split": self.request.split, "target": self.request.target, "machine": self.request.machine,
+            "metric": self.metric.name, "preferred": preference.to_json(), "notes": notes, "values": values,
+            "tiers": {tier.name: {**tier.report.to_json(), "flags": dict(tier.flags)} for tier in tiers},
+            "latency": {name: {**summary(ms), "threads": self.request.threads} for name, ms in times.items()},
+            "speedup": {name: speedup(times["fp32"], ms).__dict__ for name, ms in times.items()
+                        if name != "fp32" and "fp32" in times},
+            "peak_mib": peaks,
+        })
+        write_gate_files(draft, rows, title=f"fmdeploy check, target {self.request.target}", notes=notes)
+
+    def _values(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Every metric overall, and the primary one a slice; None where undefined."""
+        known = [metric for metric in self.metrics if metric.name in evaluation.stats]
+        overall = {metric.name: _number(evaluation.value(metric)) for metric in known}
+        slices = {name: _number(value) for name, value in evaluation.slice_values(self.metric).items()}
+        return {**overall, "slices": slices}
+
+
+def _primary(metrics: Sequence[Metric], name: str) -> Metric:
+    for metric in metrics:
+        if metric.name == name:
+            return metric
+    raise ConfigError("the task has no such metric", where="budgets: accuracy.metric", found=name,
+                      expected=" or ".join(metric.name for metric in metrics))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _alarms(tiers: Sequence[CheckedTier], frames: int) -> list[str]:
+    """The guards' false-alarm rate, since the evaluation's data are clean."""
+    flags = next((tier.flags for tier in tiers if tier.runtime is not None), None)
+    if not flags:
+        return []
+    text = ", ".join(f"{code} {100 * count / frames:.1f} %" for code, count in sorted(flags.items()))
+    return [f"guards on the evaluation's frames: {text}"]
+

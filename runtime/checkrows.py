@@ -1,0 +1,137 @@
+"""The rows of a check, and which tier would serve."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fmdeploy.budgets import AccuracyBudget, TargetBudget
+from fmdeploy.evaluate.evaluation import Evaluation
+from fmdeploy.evaluate.gates import Result, Row, limit_gate, not_measured, overall_gate, slice_gates
+from fmdeploy.runtime.bundle import Bundle
+from fmdeploy.runtime.latency import Speedup, speedup, summary
+from fmdeploy.runtime.tiercheck import CheckedTier
+from fmdeploy.task import Metric
+
+REFERENCE = "fp32"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The tier that would serve on this machine, and why."""
+
+    tier: str | None
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {"tier": self.tier, "reason": self.reason}
+
+
+def accuracy_rows(
+    tiers: Sequence[CheckedTier], teacher: Evaluation | None, metric: Metric, budget: AccuracyBudget
+) -> list[Row]:
+    """Return self-test rows and accuracy rows of all tiers."""
+    fp32 = next((tier.evaluation for tier in tiers if tier.name == REFERENCE), None)
+    rows = []
+    for tier in tiers:
+        rows.append(_self_test_row(tier))
+        rows += _versus(tier, "teacher", teacher, "the bundle has no evaluation of the teacher on this data",
+                        metric, budget, budget.max_drop_vs_teacher, budget.max_slice_drop_vs_teacher)
+        if tier.name != REFERENCE:
+            rows += _versus(tier, REFERENCE, fp32, "the FP32 tier was not evaluated here", metric, budget,
+                            budget.max_drop_vs_fp32, budget.max_slice_drop)
+    return rows
+
+
+def _versus(
+    tier: CheckedTier, who: str, reference: Evaluation | None, missing: str, metric: Metric, budget: AccuracyBudget,
+    limit: float | None, slice_limit: float | None,
+) -> list[Row]:
+    name = f"{tier.name} {metric.name} drop vs {who}"
+    if tier.evaluation is None or reference is None:
+        reason = f"the tier was refused: {tier.report.reason}" if tier.evaluation is None else missing
+        kinds = ((name, limit), (f"{name} per slice", slice_limit))
+        return [not_measured(title, reason, limit=bound, unit="1") for title, bound in kinds if bound is not None]
+    rows = []
+    if limit is not None:
+        rows.append(overall_gate(name, reference, tier.evaluation, metric, limit, budget))
+    if slice_limit is not None:
+        rows += slice_gates(name, reference, tier.evaluation, metric, slice_limit, budget)
+    return rows
+
+
+def _self_test_row(tier: CheckedTier) -> Row:
+    report = tier.report.to_json()
+    result = Result.PASS if tier.report.admitted else Result.FAIL
+    return Row(f"{tier.name} self-test", result, report["sqnr_db"], report["limit_db"], "dB", reason=tier.report.reason)
+
+
+def prefer(tiers: Sequence[CheckedTier], rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> Preference:
+    """Choose the fastest tier that beats FP32 beyond doubt and whose accuracy rows all pass; else FP32."""
+    earned: list[tuple[str, Speedup]] = []
+    refused: list[str] = []
+    for tier in tiers:
+        if tier.name == REFERENCE:
+            continue
+        reason = _why_not(tier, rows, times)
+        if reason:
+            refused.append(f"{tier.name} is not preferred: {reason}")
+        else:
+            earned.append((tier.name, speedup(times[REFERENCE], times[tier.name])))
+    if earned:
+        name, gain = max(earned, key=lambda pair: pair[1].value)
+        return Preference(name, f"{name} is preferred: {_times(gain)} as fast as fp32, and within its accuracy budgets")
+    if REFERENCE in times:
+        return Preference(REFERENCE, "; ".join([*refused, "fp32 serves"]))
+    return Preference(next(iter(times), None), "; ".join([*refused, "fp32 was not measured"]))
+
+
+def _why_not(tier: CheckedTier, rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> str:
+    if tier.name not in times:
+        return tier.report.reason
+    if REFERENCE not in times:
+        return "there is no fp32 to be faster than"
+    blocking = [row for row in rows if row.name.startswith(f"{tier.name} ") and row.blocks]
+    if blocking:
+        return f"{blocking[0].title}: {blocking[0].result.value}, {blocking[0].reason}"
+    gain = speedup(times[REFERENCE], times[tier.name])
+    return "" if gain.low > 1 else f"it is {_times(gain)} as fast as fp32, not faster beyond doubt"
+
+
+def _times(gain: Speedup) -> str:
+    return f"{gain.value:.2f} [{gain.low:.2f}, {gain.high:.2f}] times"
+
+
+def resource_rows(
+    bundle: Bundle, tier: str | None, times: Mapping[str, Sequence[float]], peaks: Mapping[str, float | None],
+    size_mib: float | None, target: TargetBudget,
+) -> list[Row]:
+    """Return latency and memory rows of the tier that serves, and a size row a model file."""
+    numbers = summary(times.get(tier or "", ()))
+    found = {
+        "latency p50": (numbers["p50_ms"], target.p50_ms, "ms", numbers["n"]),
+        "latency p99": (numbers["p99_ms"], target.p99_ms, "ms", numbers["n"]),
+        "memory peak": (peaks.get(tier or ""), target.peak_mib, "MiB", None),
+    }
+    rows = []
+    for name, (value, limit, unit, runs) in found.items():
+        if limit is None:
+            continue
+        title = f"{tier or 'no tier'} {name}"
+        if target.machine not in (None, platform.machine()):
+            reason = f"the target is a {target.machine}, this is a {platform.machine()}"
+            rows.append(not_measured(title, reason, limit=limit, unit=unit))
+        else:
+            rows.append(limit_gate(title, value, limit, unit, n_samples=runs))
+    return rows + _size_rows(bundle, size_mib)
+
+
+def _size_rows(bundle: Bundle, limit: float | None) -> list[Row]:
+    if limit is None:
+        return []
+    sizes = {variant: bundle.artifact.manifest.files[f"model.{variant}.onnx"].size for variant in bundle.variants}
+    return [limit_gate(f"{variant} file size", size / MIB, limit, "MiB") for variant, size in sizes.items()]

@@ -1,0 +1,120 @@
+"""Latency, fairly: tiers take turns frame by frame, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fmdeploy.runtime.bundle import Bundle
+from fmdeploy.runtime.protocol import Arrays
+from fmdeploy.runtime.session import Runtime
+
+Times = Sequence[float] | npt.NDArray[np.float64]
+WARM_UP = 20
+NS_PER_MS = 1e6
+MIN_RUNS_FOR_P99 = 100
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster a tier is than another, paired frame by frame, with a 95 % interval of the median."""
+
+    value: float
+    low: float
+    high: float
+    runs: int
+
+
+def golden_frames(bundle: Bundle) -> list[Arrays]:
+    """Return the golden inputs as frames that own their memory, as a sensor would deliver them."""
+    return [{name: array.copy() for name, array in bundle.golden.sample(n).items()} for n in range(len(bundle.golden))]
+
+
+def measure_latency(runtimes: Mapping[str, Runtime], frames: Sequence[Arrays], runs: int) -> dict[str, list[float]]:
+    """Return the latency of `Runtime.infer`, in ms, of each runtime: `runs` rounds in which all take one frame each."""
+    calls = {name: _infer_call(runtime, frames) for name, runtime in runtimes.items()}
+    return interleave(calls, runs)
+
+
+def interleave(calls: Mapping[str, Callable[[int], object]], runs: int) -> dict[str, list[float]]:
+    """Time every call once a round, in ms. The order turns each round: a call leaves its mark on the caches."""
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-WARM_UP, runs):
+        shift = number % len(names) if names else 0
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter_ns()
+            calls[name](number)
+            elapsed = (time.perf_counter_ns() - start) / NS_PER_MS
+            if number >= 0:
+                times[name].append(elapsed)
+    return times
+
+
+def summary(times_ms: Sequence[float]) -> dict[str, Any]:
+    """Return n, p50, p95, p99 and max; a percentile that the number of runs cannot support is None."""
+    if not times_ms:
+        return {"n": 0, "p50_ms": None, "p95_ms": None, "p99_ms": None, "max_ms": None}
+    p50, p95, p99 = (float(value) for value in np.percentile(times_ms, [50, 95, 99]))
+    enough = len(times_ms) >= MIN_RUNS_FOR_P99
+    return {"n": len(times_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99 if enough else None,
+            "max_ms": float(max(times_ms))}
+
+
+def speedup(slow_ms: Times, fast_ms: Times) -> Speedup:
+    """Return the median of the paired ratios slow/fast.
+
+    The interval is the order statistics n/2 ± 0.98 sqrt(n): distribution-free, Conover 1999, section 3.2.
+    """
+    ratios = np.sort(np.asarray(slow_ms) / np.asarray(fast_ms))
+    runs = len(ratios)
+    if runs == 0:
+        return Speedup(math.nan, math.nan, math.nan, 0)
+    reach = 0.98 * math.sqrt(runs)
+    low, high = max(int(runs / 2 - reach), 0), min(math.ceil(runs / 2 + reach), runs - 1)
+    return Speedup(float(np.median(ratios)), float(ratios[low]), float(ratios[high]), runs)
+
+
+def measure_overhead(runtime: Runtime, frames: Sequence[Arrays], runs: int) -> dict[str, Any]:
+    """Return the cost of `Runtime.infer` over the bare session, in microseconds, with an A/A control.
+
+    Rounds of bare, infer, bare again; the overhead is the median of infer minus the mean of its two neighbours.
+    """
+    session, names = runtime.backend.session, runtime.backend.output_names
+    feeds = [{name: array[None].copy() for name, array in frame.items()} for frame in frames]
+    infer = _infer_call(runtime, frames)
+
+    def bare(number: int) -> object:
+        return session.run(names, feeds[number % len(feeds)])
+
+    rows = []
+    for number in range(-WARM_UP, runs):
+        ticks = [time.perf_counter_ns()]
+        for call in (bare, infer, bare):
+            call(number)
+            ticks.append(time.perf_counter_ns())
+        if number >= 0:
+            rows.append(np.diff(ticks) / 1e3)
+    before, guarded, after = np.asarray(rows).T
+    around = (before + after) / 2
+    return {
+        "runs": runs,
+        "bare_us": float(np.median(around)),
+        "infer_us": float(np.median(guarded)),
+        "overhead_us": float(np.median(guarded - around)),
+        "ratio": float(np.median(guarded / around)),
+        "control_us": float(np.median(after - before)),
+    }
+
+
+def _infer_call(runtime: Runtime, frames: Sequence[Arrays]) -> Callable[[int], object]:
+    def call(number: int) -> object:
+        return runtime.infer(frames[number % len(frames)])
+
+    return call

@@ -1,0 +1,81 @@
+"""What `check` measures about one tier: accuracy through the runtime itself, golden vectors, flags on clean data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fmdeploy.errors import DataError, ModelFileError
+from fmdeploy.evaluate.evaluation import Evaluation, evaluate
+from fmdeploy.progress import Bar
+from fmdeploy.runtime.bundle import Bundle
+from fmdeploy.runtime.protocol import Arrays
+from fmdeploy.runtime.session import Runtime
+from fmdeploy.runtime.tiers import TierReport, admit_tier
+from fmdeploy.task import Metric, Samples
+
+
+@dataclass
+class CheckedTier:
+    """One tier, as found here.
+
+    Attributes:
+        name: Variant.
+        report: Self-test result.
+        runtime: The running tier; None when it was refused.
+        evaluation: Its evaluation; None when it was refused.
+        flags: How many frames of the evaluation carried each reason code: the guards' false alarms on clean data.
+    """
+
+    name: str
+    report: TierReport
+    runtime: Runtime | None = None
+    evaluation: Evaluation | None = None
+    flags: Counter[str] = field(default_factory=Counter)
+
+
+def check_tier(
+    bundle: Bundle, name: str, samples: Samples, metrics: Sequence[Metric], *, threads: int, data: str, bar: Bar
+) -> CheckedTier:
+    """Start one tier and evaluate it, frame by frame, through `Runtime.infer` with all guards on.
+
+    Raises:
+        DataError: A sample is such that the runtime gives no outputs for it.
+    """
+    try:
+        runtime = Runtime(bundle, tiers=(name,), threads=threads)
+    except ModelFileError:
+        return CheckedTier(name, admit_tier(bundle, name, threads)[1])
+    checked = CheckedTier(name, runtime.reports[0], runtime)
+    checked.evaluation = evaluate(Predictor(checked, bar), samples, metrics, data=data)
+    return checked
+
+
+class Predictor:
+    """Maps a batch of inputs to outputs through the runtime of a tier, and counts the flags."""
+
+    def __init__(self, tier: CheckedTier, bar: Bar | None = None) -> None:
+        self.tier, self.bar = tier, bar
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run (B, ...) inputs to (B, ...) outputs.
+
+        Raises:
+            DataError: A frame was refused.
+        """
+        runtime = self.tier.runtime
+        assert runtime is not None
+        rows: list[Arrays] = []
+        for row in range(len(next(iter(inputs.values())))):
+            frame = runtime.infer({name: array[row] for name, array in inputs.items()})
+            self.tier.flags.update(reason.value for reason in frame.reasons)
+            if not frame.outputs:
+                text = "; ".join(f"{found.code.value} {found.detail}" for found in frame.findings)
+                raise DataError(f"the runtime refuses an evaluation sample: {text}", where=f"tier {self.tier.name}")
+            rows.append(frame.outputs)
+            if self.bar is not None:
+                self.bar.advance()
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

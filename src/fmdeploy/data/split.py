@@ -1,0 +1,129 @@
+"""`data split`: the same sequences, divided anew into train, val and test.
+
+The units that are dealt out are never torn: seeds (with everything that shares a seed, a simulation or a recording),
+or all sequences with one date, place or map version, for a hold-out. Shards are hard links where the file system
+allows it, so a new split costs no space.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from fmdeploy.artifact import Artifact
+from fmdeploy.command import command
+from fmdeploy.config import InputPath, OutputPath, StageConfig
+from fmdeploy.data.audit import open_unchecked
+from fmdeploy.data.format import SPLITS, Dataset, SequenceInfo, write_index
+from fmdeploy.data.leakage import refuse_leaks
+from fmdeploy.draft import Draft, produce
+from fmdeploy.errors import DataError
+from fmdeploy.manifest import Kind
+
+
+class SplitConfig(StageConfig):
+    """How to split."""
+
+    data: InputPath = Field(description="The DATASET to split anew")
+    out: OutputPath = Field(description="Folder of the new DATASET")
+    by: str = Field(default="seed", min_length=1, description=(
+        "What stays together: 'seed', 'sequence', or any key of the metadata, such as scenario, date, map_version"))
+    val: float = Field(default=0.2, ge=0, lt=1, description="Share for validation, of the units in 'by'")
+    test: float = Field(default=0.2, ge=0, lt=1, description="Share for test")
+    val_values: tuple[str, ...] = Field(default=(), description="Hold out these values of 'by' for validation")
+    test_values: tuple[str, ...] = Field(default=(), description="Hold out these values of 'by' for test")
+    seed: int = Field(default=0, ge=0, description="Which of the possible splits")
+
+    @model_validator(mode="after")
+    def _agree(self) -> SplitConfig:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val + test must leave something to train on, found {self.val} + {self.test}")
+        if twice := sorted(set(self.val_values) & set(self.test_values)):
+            raise ValueError(f"{twice[0]!r} is held out for both val and test")
+        return self
+
+
+@command(SplitConfig)
+def split(config: SplitConfig) -> Artifact:
+    """Split a dataset by sequence and seed, or hold out scenarios, dates, map versions.
+
+    Raises:
+        DataError: the metadata lacks the key or the value, or a split would be empty.
+        LeakageError: the split would leak: sequences of one seed, simulation or recording in two splits.
+    """
+    data = open_unchecked(config.data)
+    chosen = divide(data, config)
+    refuse_leaks(data.sequences, chosen, config.data)
+    return produce(config.out, Kind.DATASET, stage="data split", config=config, inputs={"data": data.artifact},
+                   build=lambda draft: _build(draft, data, chosen))
+
+
+def divide(data: Dataset, config: SplitConfig) -> dict[str, list[str]]:
+    """Split name → sequence ids in index order, as the configuration asks; whether it leaks is another question.
+
+    Raises:
+        DataError: the metadata lacks the key or the value, or a split would be empty.
+    """
+    value_of = {sequence.id: _value(sequence, config.by) for sequence in data.sequences}
+    if absent := sorted({*config.val_values, *config.test_values} - set(value_of.values())):
+        known = sorted(set(value_of.values()))
+        raise DataError(f"no sequence has {config.by} {absent[0]!r}", where=config.data,
+                        found=", ".join(known[:12]) + (", ..." if len(known) > 12 else ""))
+    if config.val_values or config.test_values:
+        held = {**dict.fromkeys(config.val_values, "val"), **dict.fromkeys(config.test_values, "test")}
+        place = {sequence: held.get(value, "train") for sequence, value in value_of.items()}
+    else:
+        place = _deal(data.sequences, value_of, config)
+    chosen = {name: [s.id for s in data.sequences if place[s.id] == name] for name in SPLITS}
+    wanted = {"train"} | {name for name, share in (("val", config.val), ("test", config.test)) if share > 0}
+    if config.val_values or config.test_values:
+        wanted = {"train", *held.values()}
+    if empty := [name for name in SPLITS if name in wanted and not chosen[name]]:
+        raise DataError(f"the split {empty[0]!r} would be empty", where=config.data,
+                        found=f"{len(set(value_of.values()))} values of {config.by}")
+    return chosen
+
+
+def _value(sequence: SequenceInfo, key: str) -> str:
+    if key == "sequence":
+        return sequence.id
+    if key == "seed" and "seed" not in sequence.metadata:
+        return sequence.group
+    if key not in sequence.metadata:
+        raise DataError(f"sequence {sequence.id} has no {key!r} in its metadata", where="by",
+                        found=", ".join(sorted(sequence.metadata)) or "none")
+    return str(sequence.metadata[key])
+
+
+def _deal(sequences: Sequence[SequenceInfo], value_of: dict[str, str], config: SplitConfig) -> dict[str, str]:
+    """Deal the units out at random, scenario after scenario, each to the split that is most behind its share."""
+    units: dict[str, list[SequenceInfo]] = defaultdict(list)
+    for sequence in sequences:
+        units[value_of[sequence.id]].append(sequence)
+    names = sorted(units)
+    order = [names[i] for i in np.random.default_rng(config.seed).permutation(len(names))]
+    order.sort(key=lambda name: str(units[name][0].metadata.get("scenario", "")))
+    wanted = np.array([1 - config.val - config.test, config.val, config.test])
+    given, total, place = np.zeros(3), 0, {}
+    for name in order:
+        total += len(units[name])
+        winner = int(np.argmax(np.round(wanted * total - given, 9)))
+        given[winner] += len(units[name])
+        place.update({sequence.id: SPLITS[winner] for sequence in units[name]})
+    return place
+
+
+def _build(draft: Draft, data: Dataset, chosen: dict[str, list[str]]) -> None:
+    for name in sorted({sequence.shard for sequence in data.sequences}):
+        target = draft.path(name)
+        try:
+            os.link(data.artifact.path(name), target)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(data.artifact.path(name), target)
+    index = [{"id": s.id, "shard": s.shard, "frames": s.frames, "metadata": dict(s.metadata)} for s in data.sequences]
+    write_index(draft, index, chosen)

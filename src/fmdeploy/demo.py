@@ -1,0 +1,132 @@
+"""`fmdeploy demo`: the whole pipeline on recorded driving scenes, one folder a stage, one summary.
+
+The student learns from 10 % of the labels plus the teacher on all frames; beside it the same student is trained with
+the same steps on those labels alone, which is what distillation has to beat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from fmdeploy.artifact import Artifact, open_artifact
+from fmdeploy.command import Outcome, command
+from fmdeploy.config import OutputPath, StageConfig
+from fmdeploy.errors import LeakageError
+from fmdeploy.manifest import Kind
+from fmdeploy.progress import say
+
+LABELS = 0.1
+# Full: 480 sequences, minutes. Fast: the same stages and files at toy size, for tests.
+FULL: dict[str, dict[str, Any]] = {
+    "record": {"simulations": 240},
+    "teacher": {"steps": 650},
+    "student": {"steps": 550},
+}
+FAST: dict[str, dict[str, Any]] = {
+    "record": {"simulations": 40, "frames": 30},
+    "teacher": {"steps": 60, "dim": 96, "depth": 2, "stem_width": 32, "width": 48},
+    "student": {"steps": 60, "stem_width": 16, "width": 16},
+}
+
+
+class DemoConfig(StageConfig):
+    """Where to, and how much of it."""
+
+    out: OutputPath = Field(description="Folder for all artifacts, the report and summary.json")
+    fast: bool = Field(False, description="Toy sizes: proves that everything runs, says little about accuracy")
+    seed: int = Field(0, ge=0, description="Of the recording and of every training run")
+
+
+class Clock:
+    """Runs stages and keeps their wall-clock seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, stage: Callable[..., Any], **options: Any) -> Any:
+        """Run `stage(**options)` and account for it under `name`."""
+        say(f"── {name}")
+        started = time.perf_counter()
+        result = stage(**options)
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        return result
+
+
+@command(DemoConfig)
+def demo(config: DemoConfig) -> Outcome:
+    """Record, train, cache, distil, quantise, export, check and report, into one folder.
+
+    A second run with the same options goes on where the first one stopped.
+    """
+    from fmdeploy.summary import summarise, summary_lines
+
+    clock = Clock()
+    made = run_stages(config, clock)
+    numbers = clock("summary", summarise, made=made)
+    summary = {**numbers, "seconds": clock.seconds, "fast": config.fast, "seed": config.seed}
+    write_atomically(config.out / "summary.json", json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    return Outcome(summary_lines(summary, config.out), summary, exit_code=0 if summary["passed"] else 1)
+
+
+def run_stages(config: DemoConfig, clock: Clock) -> dict[str, Artifact]:
+    """All stages in order; name of the folder → artifact."""
+    out, sizes = config.out, FAST if config.fast else FULL
+    made = {"data": record(config, clock, sizes["record"])}
+    made |= train(config, clock, sizes)
+    from fmdeploy.export.bundle import export
+    from fmdeploy.quantize.quantize import quantize
+    from fmdeploy.runtime.check import check
+
+    made["quantized"] = clock("quantize", quantize, student=out / "student", data=out / "data", out=out / "quantized")
+    made["bundle"] = clock("export", export, model=out / "quantized", data=out / "data", out=out / "bundle", int8=True)
+    clock("check", check, bundle=out / "bundle", data=out / "data", out=out / "check")
+    made["check"] = open_artifact(out / "check", Kind.CHECK)
+    from fmdeploy.evaluate.report import report
+
+    clock("report", report, artifacts=tuple(artifact.root for artifact in made.values()), out=out / "report.html",
+          title="fmdeploy demo: bird's-eye-view occupancy")
+    return made
+
+
+def record(config: DemoConfig, clock: Clock, sizes: dict[str, Any]) -> Artifact:
+    """The scenes, audited for leakage before anything is trained on them."""
+    from fmdeploy.data.audit import audit
+    from fmdeploy.data.record import record as record_stage
+
+    artifact: Artifact = clock("record", record_stage, out=config.out / "data", seed=config.seed, **sizes)
+    found: Outcome = clock("audit", audit, data=config.out / "data")
+    if found.exit_code:
+        raise LeakageError("the recording leaks between splits", where=config.out / "data", found=found.lines[0])
+    return artifact
+
+
+def train(config: DemoConfig, clock: Clock, sizes: dict[str, dict[str, Any]]) -> dict[str, Artifact]:
+    """Teacher, its cache, the student that learns from it and the one that does not."""
+    from fmdeploy.distill.distill import distill
+    from fmdeploy.teacher.cache import cache
+    from fmdeploy.teacher.train import train as train_teacher
+
+    out, seed = config.out, config.seed
+    common = {"data": out / "data", "labels": LABELS, "seed": seed, **sizes["student"]}
+    return {
+        "teacher": clock("teacher", train_teacher, data=out / "data", out=out / "teacher", seed=seed,
+                         **sizes["teacher"]),
+        "features": clock("cache", cache, teacher=out / "teacher", data=out / "data", out=out / "features"),
+        "student": clock("distill", distill, teacher=out / "teacher", features=out / "features",
+                         out=out / "student", **common),
+        "student_scratch": clock("scratch", distill, out=out / "student_scratch", **common),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` in one step."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)

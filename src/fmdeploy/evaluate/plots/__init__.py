@@ -1,0 +1,1 @@
+"""Plots of the report: plain numbers in, one SVG text out. Only `figure` touches matplotlib."""

@@ -1,0 +1,77 @@
+"""The teacher of `bev-occupancy`: a convolutional stem, a DINOv2 vision transformer, a U-Net decoder.
+
+A plain patch-8 ViT trained from scratch on a few thousand frames learns less than the student; strided
+convolutions in front of it and skips around it are what makes a teacher of it (measured, see docs).
+
+Legend: B batch, C channels, H W cells of the grid (64 x 64), N tokens (8 x 8), D embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fmdeploy.models.blocks import ResidualGN, conv_gn_relu
+from fmdeploy.models.vit import Dinov2Tokens, class_and_grid
+
+QUARTER = 16  # cells a side at quarter resolution
+PATCH = 2  # cells of the quarter map in one token
+
+
+class BevTeacherConfig(BaseModel):
+    """Sizes of the teacher; the defaults make 2.2 M parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int = Field(192, ge=8, description="width of the vision transformer")
+    depth: int = Field(3, ge=1, description="blocks of the vision transformer")
+    heads: int = Field(3, ge=1, description="attention heads; must divide `dim`")
+    stem_width: int = Field(40, ge=8, multiple_of=8, description="channels at half resolution")
+    width: int = Field(72, ge=8, multiple_of=8, description="channels at quarter resolution")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class BevTeacher(nn.Module):
+    """From the two sensors' grids to occupancy and drivable logits, and a scene label.
+
+    Args:
+        channels: Channels of each input, in order.
+        num_planes: Planes of the `bev` output.
+        num_scenes: Length of the `scene` output.
+        config: Sizes.
+    """
+
+    def __init__(self, channels: tuple[int, ...], num_planes: int, num_scenes: int, config: BevTeacherConfig) -> None:
+        super().__init__()
+        stem, width, dim = config.stem_width, config.width, config.dim
+        self.stem = nn.Sequential(conv_gn_relu(sum(channels), stem, stride=2), ResidualGN(stem))
+        self.trunk = nn.Sequential(
+            conv_gn_relu(stem, width, stride=2), *(ResidualGN(width, dilation) for dilation in (1, 2, 4))
+        )
+        self.encoder = Dinov2Tokens(width, QUARTER, PATCH, dim, config.depth, config.heads)
+        self.tokens = nn.Identity()  # a name for the feature loss to hook: (B, D, 8, 8)
+        self.rise = nn.Sequential(nn.Conv2d(dim, 4 * width, 1), nn.PixelShuffle(2))
+        self.join_quarter = nn.Sequential(conv_gn_relu(2 * width, width), ResidualGN(width))
+        self.join_half = nn.Sequential(conv_gn_relu(width + stem, stem), ResidualGN(stem))
+        self.head = nn.Sequential(nn.Conv2d(stem, 4 * num_planes, 3, padding=1), nn.PixelShuffle(2))
+        self.scene = nn.Linear(dim, num_scenes)
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.activation_checkpointing = config.activation_checkpointing
+
+    def forward(self, lidar_BCHW: Tensor, camera_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `bev` (B, planes, 64, 64) and `scene` (B, scenes) from float grids (B, C, 64, 64)."""
+        half_BCHW = self._run(self.stem, torch.cat((lidar_BCHW, camera_BCHW), dim=1))
+        quarter_BCHW = self._run(self.trunk, half_BCHW)
+        state_BND = self._run(self.encoder, quarter_BCHW)
+        scene_BD, grid_BDHW = class_and_grid(state_BND, quarter_BCHW.shape[-1] // PATCH)
+        risen_BCHW = self.rise(self.tokens(grid_BDHW))
+        up_BCHW = self._run(self.join_quarter, torch.cat((risen_BCHW, quarter_BCHW), dim=1))
+        top_BCHW = self._run(self.join_half, torch.cat((self.upsample(up_BCHW), half_BCHW), dim=1))
+        return self.head(top_BCHW), self.scene(scene_BD)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        y: Tensor = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return y

@@ -1,0 +1,54 @@
+"""The one place that talks to `transformers`: DINOv2 encoders and folders in the Hugging Face format.
+
+Legend: B batch, C channels, H W rows and columns of the map, N tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fmdeploy.errors import ConfigError
+from fmdeploy.optional import require
+
+
+def dinov2_encoder(num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int) -> nn.Module:
+    """A DINOv2 encoder (arXiv:2304.07193) with random weights.
+
+    Its `forward(pixel_values=...)` returns an object whose `last_hidden_state` is (B, 1 + N, D): one class token,
+    then N = (image / patch)² tokens row by row.
+
+    Raises:
+        ConfigError: `heads` does not divide `dim`, or `patch` does not divide `image`.
+    """
+    if dim % heads or image % patch:
+        raise ConfigError(f"dim {dim} must be a multiple of heads {heads}, and image {image} of patch {patch}")
+    transformers = require("transformers")
+    config = transformers.Dinov2Config(
+        num_channels=num_channels, image_size=image, patch_size=patch, hidden_size=dim, num_hidden_layers=depth,
+        num_attention_heads=heads, use_mask_token=False, attn_implementation="sdpa",
+    )
+    encoder: nn.Module = transformers.Dinov2Model(config)
+    # The mask token belongs to self-supervised pre-training. DistributedDataParallel stops when a parameter that
+    # wants a gradient gets none.
+    if (mask := getattr(encoder.get_submodule("embeddings"), "mask_token", None)) is not None:
+        mask.requires_grad_(False)
+    return encoder
+
+
+class Dinov2Tokens(nn.Module):
+    """A DINOv2 encoder that returns its last hidden state as a plain tensor."""
+
+    def __init__(self, num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.dinov2 = dinov2_encoder(num_channels, image, patch, dim, depth, heads)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Hidden states (B, 1 + N, D) of a map (B, C, image, image)."""
+        state_BND: Tensor = self.dinov2(pixel_values=x_BCHW).last_hidden_state
+        return state_BND
+
+
+def class_and_grid(state_BND: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Split hidden states (B, 1 + side², D) into the class token (B, D) and a map (B, D, side, side)."""
+    grid_BDN = state_BND[:, 1:].transpose(1, 2)
+    return state_BND[:, 0], grid_BDN.reshape(*grid_BDN.shape[:2], side, side)

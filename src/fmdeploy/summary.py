@@ -1,0 +1,123 @@
+"""What a run of the demo came to: `summary.json` and the lines on the screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fmdeploy.artifact import Artifact
+from fmdeploy.data.format import open_dataset
+from fmdeploy.evaluate.baselines import evaluate_baselines
+from fmdeploy.evaluate.bootstrap import Interval, drop
+from fmdeploy.evaluate.evaluation import Evaluation
+from fmdeploy.evaluate.gates import Row, gates_pass, worst_slice
+from fmdeploy.runtime.bench import bench
+from fmdeploy.task import Metric, load_task
+
+SERVED = "int8-cpu"
+
+
+def summarise(made: Mapping[str, Artifact], task_name: str = "bev-occupancy") -> dict[str, Any]:
+    """All numbers of a finished demo; `made` maps folder names to artifacts."""
+    task = load_task(task_name)
+    metric = task.metrics()[0]
+    models = {name: _model(made[name]) for name in ("teacher", "student", "student_scratch")}
+    checked = made["check"].json("check.json")
+    rows = [Row.from_json(raw) for raw in made["check"].json("gates.json")]
+    evaluations = {name: Evaluation.load(made[name], "evaluation") for name in models}
+    return {
+        **models,
+        "int8": {"iou": made["quantized"].json("metrics.json")["test"][metric.name]},
+        "int8_cpu": {"iou": checked["values"].get(SERVED, {}).get(metric.name)},
+        "baselines": _baselines(made["data"], task_name, metric),
+        "retention": models["student"]["iou"] / models["teacher"]["iou"],
+        "distillation_gain": _plain(drop(evaluations["student_scratch"], evaluations["student"], metric,
+                                         relative=False), sign=-1),
+        **_int8_drop(made["check"], metric, rows),
+        "latency": _latency(made["bundle"], checked),
+        "preferred": checked["preferred"],
+        "gates": [_gate(row) for row in rows],
+        "passed": gates_pass(rows),
+    }
+
+
+def _model(artifact: Artifact) -> dict[str, Any]:
+    metrics = artifact.json("metrics.json")
+    return {"params": metrics["params"], "labels": metrics["labels"], **metrics["test"]}
+
+
+def _baselines(data: Artifact, task_name: str, metric: Metric) -> dict[str, float]:
+    """What copying the sensors scores: a network must beat it."""
+    task = load_task(task_name)
+    found = evaluate_baselines(task, task.samples(open_dataset(data.root), "test"))
+    return {name: evaluation.value(metric) for name, evaluation in found.items()}
+
+
+def _int8_drop(check: Artifact, metric: Metric, rows: list[Row]) -> dict[str, Any]:
+    """Relative drop of the served INT8 tier against the FP32 student, overall and in the worst slice."""
+    if not (check.has(f"evaluation.{SERVED}.json") and check.has("evaluation.fp32.json")):
+        return {"int8_drop": None, "int8_drop_interval": None, "worst_slice_drop": None, "worst_slice": None}
+    interval = drop(Evaluation.load(check, "evaluation.fp32"), Evaluation.load(check, f"evaluation.{SERVED}"), metric)
+    worst = worst_slice(row for row in rows if SERVED in row.name and "fp32" in row.name and row.required)
+    return {"int8_drop": interval.value, "int8_drop_interval": [interval.low, interval.high],
+            "worst_slice_drop": worst.value if worst else None, "worst_slice": worst.slice if worst else None}
+
+
+def _latency(bundle: Artifact, checked: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians of the interleaved runs of the check, and the cost of the guards."""
+    tiers, ratio = checked["latency"], checked["speedup"].get(SERVED)
+    overhead = bench(bundle=bundle.root).data["tiers"].get(SERVED, {}).get("overhead", {})
+    return {
+        "fp32_ms": tiers.get("fp32", {}).get("p50_ms"),
+        "int8_cpu_ms": tiers.get(SERVED, {}).get("p50_ms"),
+        "speedup": ratio["value"] if ratio else None,
+        "speedup_interval": [ratio["low"], ratio["high"]] if ratio else None,
+        "runtime_overhead_us": overhead.get("overhead_us"),
+        "runtime_overhead_control_us": overhead.get("control_us"),
+        "threads": 1,
+    }
+
+
+def _plain(interval: Interval, *, sign: int) -> dict[str, Any]:
+    ends = sorted((sign * interval.low, sign * interval.high))
+    finite = all(math.isfinite(end) for end in ends)
+    return {"value": sign * interval.value, "low": ends[0] if finite else None, "high": ends[1] if finite else None,
+            "n_samples": interval.n_samples, "n_groups": interval.n_groups}
+
+
+def _gate(row: Row) -> dict[str, Any]:
+    kept = row.to_json()
+    return {"name": row.title, **{key: kept[key] for key in ("result", "value", "limit", "interval", "unit", "reason",
+                                                             "required")}}
+
+
+def summary_lines(summary: Mapping[str, Any], out: Path) -> tuple[str, ...]:
+    """The result in a dozen lines."""
+    gain, latency = summary["distillation_gain"], summary["latency"]
+    interval = "" if gain["low"] is None else f" [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+    students = (f"{name:16} IoU {summary[name]['iou']:.4f}   {summary[name]['params']:,} parameters, "
+                f"{summary[name]['labels']['samples']} labelled samples"
+                for name in ("teacher", "student", "student_scratch"))
+    copies = (f"{name:16} IoU {value:.4f}" for name, value in summary["baselines"].items())
+    failed = [gate for gate in summary["gates"] if gate["required"] and gate["result"] != "pass"]
+    return (
+        *students, *copies,
+        f"retention {summary['retention']:.3f}; distilled minus scratch {gain['value']:+.4f}{interval}",
+        f"INT8 (CPU) IoU {_show(summary['int8_cpu']['iou'])}, drop {_percent(summary['int8_drop'])}, "
+        f"worst slice {_percent(summary['worst_slice_drop'])} ({summary['worst_slice']})",
+        f"latency FP32 {_show(latency['fp32_ms'])} ms, INT8 {_show(latency['int8_cpu_ms'])} ms: "
+        f"{_show(latency['speedup'])} times as fast; guards cost {_show(latency['runtime_overhead_us'])} us",
+        f"{len(summary['gates'])} gates, {len(failed)} not passed: {'PASSED' if summary['passed'] else 'NOT PASSED'}",
+        *(f"  {gate['result']}: {gate['name']} ({gate['reason']})" for gate in failed),
+        f"{sum(summary['seconds'].values()):.0f} s; report at {out / 'report.html'}",
+    )
+
+
+def _show(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.2f} %"

@@ -1,0 +1,87 @@
+"""Everything a run needs to go on after a kill, in one safetensors file that appears in one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fmdeploy.training.ema import WeightAverage
+
+PATTERN = "checkpoint-*.safetensors"
+KEEP = 2
+
+
+@dataclass
+class TrainingState:
+    """What changes from step to step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    scaler: Any = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under stable names."""
+        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer.{key}.{name}"] = value
+        if self.average is not None:
+            found |= {f"average.{name}": value for name, value in self.average.values.items()}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
+        """Put back what `tensors` gave."""
+        self.model.load_state_dict(_below("model.", tensors))
+        state = _below("optimizer.", tensors)
+        keys = {name.partition(".")[0] for name in state}
+        for name, parameter in self.model.named_parameters():
+            values = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
+            if values:
+                self.optimizer.state[parameter] = values
+        if self.average is not None:
+            self.average.values = _below("average.", tensors)
+        if self.scaler is not None and scaler:
+            self.scaler.load_state_dict(scaler)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def save_checkpoint(folder: Path, state: TrainingState, step: int) -> Path:
+    """Write the state after `step` steps; the file is complete or absent. Only the last two are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"checkpoint-{step:08d}.safetensors"
+    unfinished = target.with_suffix(".tmp")
+    scaler = state.scaler.state_dict() if state.scaler is not None else {}
+    tensors = {name: value.detach().to("cpu").contiguous() for name, value in state.tensors().items()}
+    save_file(tensors, unfinished, metadata={"step": str(step), "scaler": json.dumps(scaler)})
+    with unfinished.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(unfinished, target)
+    for old in sorted(folder.glob(PATTERN))[:-KEEP]:
+        old.unlink()
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, if there is one."""
+    return max(folder.glob(PATTERN), default=None)
+
+
+def load_checkpoint(path: Path, state: TrainingState, device: torch.device) -> int:
+    """Restore `state` from `path` and return the number of steps done."""
+    with safe_open(path, framework="pt", device=str(device)) as archive:
+        tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - not a mapping
+        metadata = archive.metadata()
+    state.restore(tensors, json.loads(metadata["scaler"]))
+    return int(metadata["step"])

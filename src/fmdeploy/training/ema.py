@@ -1,0 +1,37 @@
+"""Averaged weights: an exponential moving average of everything a network's state holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Moving average of parameters and of floating-point buffers such as BatchNorm's statistics.
+
+    Args:
+        model: The network that is trained; its present state is the first average.
+        decay: Weight of the past. Early on it is (1 + t) / (10 + t), so that the start is forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the state after `step` (0 for the first)."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        mine: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                mine.append(self.values[name])
+                theirs.append(value)
+            else:
+                self.values[name].copy_(value)
+        torch._foreach_lerp_(mine, theirs, 1 - keep)
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Put the average into `model`."""
+        model.load_state_dict(self.values)

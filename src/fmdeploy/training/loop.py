@@ -1,0 +1,200 @@
+"""The training loop: AdamW, warm-up and cosine, clipping, mixed precision, accumulation, averaging, checkpoints.
+
+A run is a function of its configuration alone. Every random choice is keyed by (seed, step), so a run that was
+killed goes on from its last checkpoint to the very same weights, and two processes compute what one would.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmdeploy.arrays import Arrays
+from fmdeploy.errors import InputError
+from fmdeploy.progress import Bar, progress
+from fmdeploy.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.device import make_accelerator, unwrap
+from fmdeploy.training.distributed import mean_over_ranks, share_batch_norm, world
+from fmdeploy.training.ema import WeightAverage
+from fmdeploy.training.loader import Prefetcher
+from fmdeploy.training.log import StepLog
+from fmdeploy.training.schedule import learning_rate, make_optimizer
+
+Batch = dict[str, Arrays]  # such as {"inputs": {...}, "targets": {...}}, every array (B, ...)
+Tensors = dict[str, dict[str, Tensor]]  # the same on the device
+Losses = dict[str, Tensor]
+FLUSH_EVERY = 10  # steps between looks at the loss: a GPU would have to wait for each
+
+
+class DivergedError(InputError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what.
+
+    Attributes:
+        title: For messages and the progress bar.
+        model: Parameters that want a gradient are trained, in place.
+        batch: (step, part) to one process's share of a step, made in numpy in a background thread.
+        losses: Named scalar parts of the loss of one such share; their sum is minimised. Called with the wrapped
+            model, whose forward runs in the configured precision and returns float32.
+        folder: Where checkpoints go.
+        log: The JSON-lines log.
+    """
+
+    title: str
+    model: nn.Module
+    batch: Callable[[int, int], Batch]
+    losses: Callable[[nn.Module, Tensors], Losses]
+    folder: Path
+    log: Path
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a run took; not part of an artifact's identity.
+
+    Attributes:
+        steps: Steps done by this process run (a resumed one did the others before).
+        seconds: Wall clock of those.
+        waited_s: Of it, waiting for data.
+    """
+
+    steps: int
+    seconds: float
+    waited_s: float
+
+    def as_note(self) -> dict[str, float]:
+        """Numbers for the environment part of a manifest."""
+        share = self.waited_s / self.seconds if self.seconds else 0.0
+        rate = self.steps / self.seconds if self.seconds else 0.0
+        return {"steps": self.steps, "steps_per_s": round(rate, 3), "data_wait_share": round(share, 4)}
+
+
+def fit(job: Job, config: TrainingConfig) -> Timing:
+    """Train `job.model` for `config.steps` steps, from the last checkpoint in `job.folder` if there is one.
+
+    Afterwards the model holds the averaged weights when `config.ema` is set, else the last ones.
+
+    Raises:
+        DivergedError: the loss is not finite; the last good checkpoint stays.
+    """
+    return _Run(job, config).train()
+
+
+def to_tensors(batch: Batch, device: torch.device) -> Tensors:
+    """The arrays of a batch as tensors on `device`; on the CPU they share their memory."""
+    return {
+        kind: {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+        for kind, arrays in batch.items()
+    }
+
+
+class _Run:
+    """One call of `fit`: the state that its small steps share."""
+
+    def __init__(self, job: Job, config: TrainingConfig) -> None:
+        self.job, self.config = job, config
+        self.accelerator = make_accelerator(config.precision)
+        self.model = share_batch_norm(job.model).to(self.accelerator.device)
+        optimizer = make_optimizer(self.model, config)
+        average = WeightAverage(self.model, config.ema) if config.ema else None
+        self.state = TrainingState(self.model, optimizer, average, self.accelerator.scaler)
+        self.start = self._resume()
+        self.log = StepLog(job.log if world()[0] == 0 else None, self.start)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.pending: list[dict[str, Any]] = []
+
+    def _resume(self) -> int:
+        found = latest_checkpoint(self.job.folder)
+        return load_checkpoint(found, self.state, self.accelerator.device) if found else 0
+
+    def train(self) -> Timing:
+        config, started = self.config, time.perf_counter()
+        loader = Prefetcher(self._make, self._keys())
+        self.model.train()
+        try:
+            with progress(self.job.title, total=config.steps, done=self.start) as bar:
+                for step in range(self.start, config.steps):
+                    self._step(step, loader)
+                    self._account(step + 1, bar)
+        finally:
+            loader.close()
+            unwrap(self.accelerator, self.wrapped, self.model)
+        if self.state.average is not None:
+            self.state.average.copy_to(self.model)
+        return Timing(config.steps - self.start, time.perf_counter() - started, loader.waited_s)
+
+    def _keys(self) -> Iterator[int]:
+        return iter(range(self.start * self.config.accumulation, self.config.steps * self.config.accumulation))
+
+    def _make(self, key: int) -> Batch:
+        return self.job.batch(*divmod(key, self.config.accumulation))
+
+    def _step(self, step: int, loader: Prefetcher[Batch]) -> None:
+        torch.manual_seed((self.config.seed << 32) + step * world()[1] + world()[0])
+        rate = learning_rate(step, self.config)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = rate
+        parts: Losses = {}
+        for part in range(self.config.accumulation):
+            for name, value in self._backward(loader.take(), part).items():
+                parts[name] = parts.get(name, 0) + value.detach() / self.config.accumulation
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.state.average is not None:
+            self.state.average.update(self.model, step)
+        self.pending.append({"step": step, "lr": rate, "grad_norm": norm.detach(), **parts})
+
+    def _backward(self, batch: Batch, part: int) -> Losses:
+        last = part == self.config.accumulation - 1
+        tensors = to_tensors(batch, self.accelerator.device)
+        with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            parts = self.job.losses(self.wrapped, tensors)
+            total = torch.stack(list(parts.values())).sum()
+            self.accelerator.backward(total / self.config.accumulation)
+        return {"loss": total, **parts}
+
+    def _account(self, done: int, bar: Bar) -> None:
+        save = done % self.config.checkpoint_every == 0 and done < self.config.steps
+        if save or done % FLUSH_EVERY == 0 or done == self.config.steps:
+            self._flush(bar)
+        if save and self.accelerator.is_main_process:
+            save_checkpoint(self.job.folder, self.state, done)
+
+    def _flush(self, bar: Bar) -> None:
+        records = [_plain(record) for record in self.pending]
+        self.pending = []
+        good = [record for record in records if math.isfinite(record["loss"])]
+        self.log.write(records)
+        if len(good) < len(records):
+            bad = next(record for record in records if not math.isfinite(record["loss"]))
+            raise self._diverged(int(bad["step"]))
+        bar.advance(len(records), loss=records[-1]["loss"])
+
+    def _diverged(self, step: int) -> DivergedError:
+        found = latest_checkpoint(self.job.folder)
+        kept = f"The last good checkpoint is {found.name}" if found else "No checkpoint was written yet"
+        return DivergedError(
+            f"the loss is not finite at step {step}", where=self.job.title,
+            fix=f"{kept}. Run again with a smaller --lr (now {self.config.lr:g}) or --precision fp32",
+        )
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of one step, the losses averaged over all processes."""
+    losses = {k: v for k, v in record.items() if isinstance(v, Tensor)}
+    values = mean_over_ranks(torch.stack([v.float() for v in losses.values()])).tolist()
+    return {"step": record["step"], "lr": record["lr"], **dict(zip(losses, values, strict=True))}

@@ -1,0 +1,96 @@
+"""`kill -9` at a random moment of training, caching and distilling, then the same command again: the same artifact."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmdeploy.artifact import Artifact, open_artifact
+from fmdeploy.distill.distill import distill
+from fmdeploy.errors import ArtifactError
+from fmdeploy.teacher.cache import cache
+from fmdeploy.teacher.train import train
+from support.processes import FMDEPLOY
+from support.training_data import STUDENT, TEACHER, write_scenes
+
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, and a whole `teacher`, `features` and `student`."""
+    folder = tmp_path_factory.mktemp("killed")
+    write_scenes(folder / "data", sequences=64)
+    train(**_teacher(folder, folder / "teacher"))
+    cache(**_cache(folder, folder / "features"))
+    distill(**_student(folder, folder / "student"))
+    return folder
+
+
+def _teacher(home: Path, out: Path) -> dict[str, Any]:
+    return {"data": home / "data", "out": out, "steps": 80, "checkpoint_every": 7, "ema": 0.9, **TEACHER}
+
+
+def _cache(home: Path, out: Path) -> dict[str, Any]:
+    return {"data": home / "data", "teacher": home / "teacher", "out": out, "per_shard": 4, "precision": "fp32"}
+
+
+def _student(home: Path, out: Path) -> dict[str, Any]:
+    return {"data": home / "data", "teacher": home / "teacher", "features": home / "features", "out": out,
+            "labels": 0.5, "checkpoint_every": 7, "ema": 0.9, **STUDENT, "steps": 150}
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def _num_lines(partial: Path) -> int:
+    log = partial / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
+def _num_shards(partial: Path) -> int:
+    return len(list(partial.glob("features/[0-9]*.safetensors")))
+
+
+def _kill(verb: list[str], options: dict[str, Any], done: Callable[[Path], int], moment: int) -> None:
+    """Start the command as a user would and kill it when `done` has reached `moment`, plus a random breath."""
+    out = options["out"]
+    with subprocess.Popen([*FMDEPLOY, *verb, *_flags(options)], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + PATIENCE_S
+        while done(out.parent / f".{out.name}.partial") < moment and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.05)
+        assert process.poll() is None, "it ended before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verb", "options", "stage", "done", "total", "whole"), [
+    (["teacher", "train"], _teacher, train, _num_lines, 80, "teacher"),
+    (["cache"], _cache, cache, _num_shards, 36, "features"),
+    (["distill"], _student, distill, _num_lines, 150, "student"),
+])
+def test_killed_and_run_again_gives_the_same_artifact(
+    home: Path, tmp_path: Path, verb: list[str], options: Callable[[Path, Path], dict[str, Any]],
+    stage: Callable[..., Artifact], done: Callable[[Path], int], total: int, whole: str,
+) -> None:
+    chosen = options(home, tmp_path / "out")
+    moment = random.randint(1, total // 2)
+    _kill(verb, chosen, done, moment)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ArtifactError):
+        open_artifact(tmp_path / "out")
+    kept = done(tmp_path / ".out.partial")
+    assert moment <= kept < total
+    assert stage(**chosen).digest == open_artifact(home / whole).digest
+    assert not (tmp_path / ".out.partial").exists()

@@ -1,0 +1,52 @@
+"""Fenced shell blocks of Markdown files, with the marks that say how a test treats them.
+
+A mark is an HTML comment on the line before the fence:
+
+    <!-- no-run: reason -->             the block is not executed; the reason is required
+    <!-- run-as: other command -->      this is executed instead, such as the fast form of a demo
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!--\s*(?P<kind>no-run|run-as):\s*(?P<text>(?:(?!-->).)*?)\s*-->\s*\Z", re.DOTALL)
+SHELL = ("bash", "sh", "shell", "console")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced shell block."""
+
+    file: Path
+    line: int
+    language: str
+    body: str
+    mark: str = ""
+    text: str = ""
+
+    @property
+    def name(self) -> str:
+        """`README.md:12`."""
+        return f"{self.file.name}:{self.line}"
+
+    @property
+    def script(self) -> str:
+        """What to execute."""
+        return self.text if self.mark == "run-as" else self.body
+
+
+def shell_blocks(file: Path) -> list[Block]:
+    """All fenced shell blocks of a file, in order."""
+    text = file.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        if match["language"] in SHELL:
+            before = MARK.search(text[: match.start()].rstrip(" "))
+            line = text.count("\n", 0, match.start()) + 1
+            kind, words = (before["kind"], before["text"]) if before else ("", "")
+            found.append(Block(file, line, match["language"], match["body"], kind, words))
+    return found

@@ -1,0 +1,185 @@
+"""One grid, two dialects: the same numbers, and every operation fused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from torch import nn
+
+from fmdeploy.errors import ModelFileError
+from fmdeploy.export import dialects
+from fmdeploy.export.dialects import cpu_dialect, is_non_negative, quantised_weight
+from fmdeploy.export.fused import fused_ops
+from fmdeploy.export.graph import DQ, Graph, Q, save_model
+from fmdeploy.export.isa import Isa, saturating_layers, this_cpu
+from fmdeploy.export.onnx import export_onnx
+from fmdeploy.export.session import ort_predictor
+from fmdeploy.iospec import IOSpec
+from fmdeploy.quantize import modelopt
+from fmdeploy.quantize.ptq import ptq
+from fmdeploy.quantize.sqnr import sqnr_db
+from support.quantize_nets import NETS, concat, samples_of
+
+CASES = {"bev": (13, 6), "residual": (2, 1), "concat": (3, 0), "vit": (1, 0)}  # quantised convs and residual adds
+Files = tuple[str, IOSpec, Path, ModelProto]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Both dialects of one quantised net."""
+    torch.manual_seed(0)
+    net, io = NETS[request.param]()
+    folder = tmp_path_factory.mktemp("dialects")
+    model = export_onnx(ptq(net, io, samples_of(io)).module, io, folder / "int8.onnx")
+    save_model(cpu_dialect(model), folder / "x86.onnx")
+    return request.param, io, folder, model
+
+
+def _agreement_db(net: nn.Module, io: IOSpec, folder: Path, *, headroom: float, signed: bool) -> float:
+    """TensorRT dialect against the CPU's, both as written, with activation ranges `headroom` times the calibrated ones."""
+    quantised = ptq(net, io, samples_of(io)).module
+    ranges = {n: a * headroom if n.endswith("input_quantizer") else a for n, a in modelopt.ranges(quantised).items()}
+    modelopt.set_ranges(quantised, ranges)
+    model = export_onnx(quantised, io, folder / "int8.onnx")
+    save_model(cpu_dialect(model, signed=signed), folder / "cpu.onnx")
+    inputs = samples_of(io).inputs
+    one, other = (ort_predictor(folder / name, io, optimise=False)(inputs) for name in ("int8.onnx", "cpu.onnx"))
+    return min(sqnr_db(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_moving_zero_points_is_exact_where_nothing_is_clipped(case: str, signed: bool, tmp_path: Path) -> None:
+    net, io = NETS[case]()
+    assert _agreement_db(net, io, tmp_path, headroom=1.5, signed=signed) == np.inf
+
+
+def test_zero_point_in_the_middle_is_exact_even_where_values_are_clipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialects, "NON_NEGATIVE", frozenset())
+    net, io = concat()
+    assert _agreement_db(net, io, tmp_path, headroom=0.5, signed=False) == np.inf
+
+
+def test_behind_a_relu_only_values_above_the_range_differ(tmp_path: Path) -> None:
+    net, io = concat()
+    assert 5 < _agreement_db(net, io, tmp_path, headroom=0.5, signed=False) < 60
+
+
+def test_what_runs_stays_close_to_what_is_written(files: Files) -> None:
+    _, io, folder, _ = files
+    inputs = samples_of(io, seed=4).inputs
+    written, ran = (ort_predictor(folder / f, io, optimise=o)(inputs) for f, o in (("int8.onnx", False), ("x86.onnx", True)))
+    worst = min(sqnr_db(written[name], ran[name]) for name in written)
+    print(f"{files[0]}: int8 against int8-cpu {worst:.1f} dB")
+    assert worst >= 30
+
+
+def test_every_quantised_conv_and_add_is_fused(files: Files) -> None:
+    case, _, folder, _ = files
+    found = fused_ops(folder / "x86.onnx")
+    assert (found.int8_convs, found.int8_adds) == CASES[case], found.counts
+    assert found.float_convs <= 1, "at most the head"
+
+
+def test_tensorrt_dialect_is_not_fused_by_onnxruntime(files: Files) -> None:
+    """Why there are two dialects. When this fails, ONNX Runtime has learned to: measure again, and drop one."""
+    case, _, folder, _ = files
+    if case == "bev":
+        found = fused_ops(folder / "int8.onnx")
+        assert found.int8_convs < 13
+        assert found.int8_adds == 0
+
+
+def test_weights_are_int8_initialisers_behind_a_dq(files: Files) -> None:
+    graph = Graph(cpu_dialect(files[3]))
+    assert not any(node.input[0] in graph.constants for node in graph.nodes(Q))
+    weights = [node for node in graph.nodes(DQ) if node.input[0] in graph.constants]
+    assert weights
+    assert all(graph.constants[node.input[0]].dtype == np.int8 for node in weights)
+    assert all(not graph.constants[node.input[2]].any() for node in weights)
+
+
+def test_zero_points_say_whether_a_tensor_can_be_negative(files: Files) -> None:
+    for signed, kind, values in ((False, np.uint8, {0, 128}), (True, np.int8, {-128, 0})):
+        graph = Graph(cpu_dialect(files[3], signed=signed))
+        zeros = [graph.constants[node.input[2]] for node in graph.nodes(Q)]
+        assert {z.dtype for z in zeros} == {np.dtype(kind)}
+        assert {int(z) for z in zeros} <= values
+
+
+def test_the_source_model_is_not_changed(files: Files) -> None:
+    before = files[3].SerializeToString()
+    cpu_dialect(files[3])
+    assert files[3].SerializeToString() == before
+
+
+def test_a_model_in_another_dialect_is_refused(files: Files) -> None:
+    with pytest.raises(ModelFileError, match=r"is not in the TensorRT dialect.*expected int8 zero point 0"):
+        cpu_dialect(cpu_dialect(files[3]))
+
+
+def _tiny(*nodes: NodeProto) -> Graph:
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in ("x", "y")]
+    low = numpy_helper.from_array(np.array(0, np.float32), "low")
+    return Graph(helper.make_model(helper.make_graph(list(nodes), "g", value[:1], value[1:], [low])))
+
+
+def test_non_negative_is_proven_not_guessed() -> None:
+    relu, add = helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Add", ["r", "x"], ["y"])
+    assert is_non_negative(_tiny(relu, add), "r", ())
+    assert not is_non_negative(_tiny(relu, add), "y", ())
+    assert is_non_negative(_tiny(relu, add), "y", ("x",))
+    assert not is_non_negative(_tiny(helper.make_node("Sub", ["x", "x"], ["y"])), "y", ("x",))
+    assert is_non_negative(_tiny(helper.make_node("Clip", ["x", "low"], ["y"])), "y", ())
+    assert not is_non_negative(_tiny(helper.make_node("Clip", ["x"], ["y"])), "y", ())
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), per_channel=st.booleans(), spread=st.sampled_from([0.01, 1.0, 100.0]))
+def test_folded_weights_equal_what_onnxruntime_would_quantise(seed: int, per_channel: bool, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    weight = (rng.normal(size=(4, 3, 2, 2)) * spread).astype(np.float32)
+    amax = np.abs(weight).max(axis=(1, 2, 3)) if per_channel else np.abs(weight).max()
+    scale = (amax / 127).astype(np.float32)
+    zero = np.zeros(scale.shape, np.int8)
+    node = helper.make_node(Q, ["w", "s", "z"], ["q"], axis=0)
+    output = helper.make_tensor_value_info("q", TensorProto.INT8, list(weight.shape))
+    tensors = [numpy_helper.from_array(a, n) for a, n in ((weight, "w"), (scale, "s"), (zero, "z"))]
+    model = helper.make_model(helper.make_graph([node], "g", [], [output], tensors), ir_version=8,
+                              opset_imports=[helper.make_opsetid("", 18)])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {})[0], quantised_weight(Graph(model), node))
+
+
+def test_a_layer_that_reads_a_signed_tensor_may_saturate_without_vnni(files: Files) -> None:
+    positive = [spec.name for spec in files[1].inputs]
+    found = saturating_layers(cpu_dialect(files[3], non_negative=positive))
+    everything = saturating_layers(cpu_dialect(files[3]))
+    if files[0] == "vit":
+        assert found, "LayerNorm outputs are signed"
+    else:
+        assert found == ()
+        assert len(everything) == 1, "with inputs of unknown sign, the first conv"
+    assert saturating_layers(cpu_dialect(files[3], signed=True)) == ()
+
+
+@pytest.mark.parametrize(("flags", "exact"), [("fma avx2", False), ("avx2 avx_vnni", True), ("avx512_vnni", True)])
+def test_vnni_is_read_from_cpuinfo(flags: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\n")
+    assert this_cpu(tmp_path / "cpuinfo") == Isa("x86_64", exact)
+    assert this_cpu(tmp_path / "none") == Isa("x86_64", False)
+
+
+def test_arm_multiplies_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert this_cpu() == Isa("aarch64", True)

@@ -1,0 +1,163 @@
+"""Calibration: independent of order and batch, and refused where it cannot mean anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmdeploy.data.format import Dataset, open_dataset, write_arrays
+from fmdeploy.errors import ArtifactError, DataError
+from fmdeploy.quantize import calibrate as module
+from fmdeploy.quantize.build import build
+from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, calibrate, draw, input_statistics, redraw
+from fmdeploy.task import Arrays, load_task
+from support.quantize_nets import Residual, bev_student, image_net, samples_of
+
+TASK = load_task("image-classification")
+
+
+def _images(count: int = 12) -> Arrays:
+    rng = np.random.default_rng(0)
+    return {"image": rng.random((count, 3, 32, 32), np.float32), "label": rng.integers(0, 10, count)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    out = tmp_path_factory.mktemp("calibration") / "data"
+    write_arrays(out, _images(), {"train": np.arange(8), "val": np.arange(8, 10), "test": np.arange(10, 12)})
+    return open_dataset(out)
+
+
+def _ranges(calibration_set: CalibrationSet) -> Calibration:
+    net, _ = image_net(Residual())
+    quantised, placement = build(net, calibration_set.tensors(["x0"], slice(0, 1)))
+    return calibrate(quantised, placement, calibration_set, ["x0"])
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_order_of_samples_changes_no_range(seed: int) -> None:
+    _, io = image_net(Residual())
+    plain = samples_of(io)
+    order = np.random.default_rng(seed).permutation(len(plain))
+    shuffled = replace(plain, ids=tuple(plain.ids[k] for k in order), inputs={"x0": plain.inputs["x0"][order]})
+    assert _ranges(shuffled).ranges == _ranges(plain).ranges
+
+
+def test_a_repeated_sample_changes_no_range() -> None:
+    _, io = image_net(Residual())
+    plain = samples_of(io)
+    twice = replace(plain, ids=plain.ids + plain.ids, inputs={"x0": np.concatenate([plain.inputs["x0"]] * 2)})
+    assert _ranges(twice).ranges == _ranges(plain).ranges
+
+
+def test_ranges_are_those_of_the_float_model() -> None:
+    _, io = image_net(Residual())
+    plain = samples_of(io)
+    found = _ranges(plain).ranges["act_000"]
+    x = plain.inputs["x0"]
+    assert (found.low, found.high, found.amax) == (float(x.min()), float(x.max()), float(np.abs(x).max()))
+
+
+def test_binary_inputs_get_a_range_of_exactly_one() -> None:
+    net, io = bev_student()
+    rng = np.random.default_rng(0)
+    inputs = {s.name: (rng.random((3, *s.shape)) < 0.1).astype(np.float32) for s in io.inputs}
+    calibration_set = CalibrationSet(("a", "b", "c"), inputs, "", 0)
+    quantised, placement = build(net, calibration_set.tensors(["x0", "x1"], slice(0, 1)))
+    assert calibrate(quantised, placement, calibration_set, ["x0", "x1"]).ranges["act_000"].amax == 1.0
+
+
+def test_samples_come_from_the_training_split_only(data: Dataset) -> None:
+    chosen = draw(TASK, data, count=5, seed=3)
+    assert len(chosen) == 5
+    assert set(chosen.ids) <= set(TASK.samples(data, "train").ids)
+    assert list(chosen.ids) == sorted(chosen.ids)
+    for split in ("val", "test", "all"):
+        with pytest.raises(DataError, match=r"must come from the training split.*expected train, found"):
+            draw(TASK, data, count=5, seed=3, split=split)
+
+
+def test_the_choice_is_a_function_of_the_seed(data: Dataset) -> None:
+    assert draw(TASK, data, count=5, seed=3).digest == draw(TASK, data, count=5, seed=3).digest
+    assert draw(TASK, data, count=5, seed=3).ids != draw(TASK, data, count=5, seed=4).ids
+    assert len(draw(TASK, data, count=500, seed=3)) == 8
+
+
+def test_digest_covers_values_and_names(data: Dataset) -> None:
+    chosen = draw(TASK, data, count=5, seed=3)
+    touched = chosen.inputs["image"].copy()
+    touched[0, 0, 0, 0] += 1e-3
+    assert replace(chosen, inputs={"image": touched}).digest != chosen.digest
+    assert replace(chosen, ids=(*chosen.ids[:-1], "other")).digest != chosen.digest
+
+
+def test_stored_samples_are_found_again_and_foreign_data_is_refused(data: Dataset, tmp_path: Path) -> None:
+    chosen = draw(TASK, data, count=4, seed=1)
+    stored = Calibration(chosen.data, chosen.digest, 1, chosen.ids, {})
+    assert redraw(TASK, data, stored).digest == chosen.digest
+    arrays = _images()
+    arrays["image"] = arrays["image"] * np.float32(0.5)
+    write_arrays(tmp_path / "other", arrays, {"train": np.arange(8), "test": np.arange(8, 12)})
+    with pytest.raises(DataError, match="is not the dataset that the ranges were calibrated on"):
+        redraw(TASK, open_dataset(tmp_path / "other"), stored)
+
+
+def test_no_samples_are_refused(data: Dataset) -> None:
+    with pytest.raises(DataError, match="no calibration samples"):
+        draw(TASK, data, count=0, seed=0)
+    with pytest.raises(DataError, match="no calibration samples"):
+        module.check_inputs(CalibrationSet((), {"x0": np.zeros((0, 3), np.float32)}, "", 0))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_constant_samples_are_refused(value: float) -> None:
+    constant = CalibrationSet(("a", "b"), {"x0": np.full((2, 3, 16, 16), value, np.float32)}, "", 0)
+    with pytest.raises(DataError, match="'x0' is constant"):
+        _ranges(constant)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    _, io = image_net(Residual())
+    plain = samples_of(io)
+    plain.inputs["x0"][4, 0, 0, 0] = value
+    with pytest.raises(DataError, match="s/004: calibration input 'x0' holds NaN or infinity"):
+        _ranges(plain)
+
+
+def test_dead_tensor_is_refused_by_name() -> None:
+    net, io = image_net(Residual())
+    with torch.no_grad():
+        net.get_parameter("bn.weight").zero_()
+        net.get_parameter("bn.bias").fill_(-1)
+    quantised, placement = build(net, samples_of(io).tensors(["x0"], slice(0, 1)))
+    with pytest.raises(DataError, match="relu: this tensor is constant"):
+        calibrate(quantised, placement, samples_of(io), ["x0"])
+
+
+def test_calibration_survives_json() -> None:
+    _, io = image_net(Residual())
+    found = _ranges(samples_of(io))
+    assert Calibration.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.to_json()["split"] == "train"
+    with pytest.raises(ArtifactError, match="lacks a field"):
+        Calibration.from_json({"ranges": {}})
+
+
+def test_input_statistics_describe_each_channel() -> None:
+    x = np.zeros((4, 2, 3, 3), np.float32)
+    x[:, 1] = np.arange(4, dtype=np.float32)[:, None, None]
+    found = input_statistics({"x": x, "flat": np.ones((4, 5), np.float32)})
+    assert found["x"]["channel_mean"] == [0.0, 1.5]
+    assert found["x"]["channel_std"] == [0.0, pytest.approx(np.std([0, 1, 2, 3]))]
+    assert (found["x"]["channel_min"], found["x"]["channel_max"]) == ([0.0, 0.0], [0.0, 3.0])
+    assert (found["x"]["min"], found["x"]["max"], found["x"]["samples"]) == (0.0, 3.0, 4)
+    assert len(found["flat"]["channel_mean"]) == 1

@@ -1,0 +1,188 @@
+"""Where quantizers go."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fmdeploy.errors import ArtifactError, ConfigError, InputError
+from fmdeploy.quantize.build import QUANTIZERS, build, rebuild, tracing_example
+from fmdeploy.quantize.placement import Placement, place
+from fmdeploy.quantize.trace import float_graph
+from support.quantize_nets import Branching, Residual, SkipConcat, SmallViT, bev_student, image_net, io_of
+
+
+def _placement(net: nn.Module, shape: tuple[int, ...] = (3, 16, 16)) -> Placement:
+    return place(float_graph(net, (torch.rand(1, *shape),)))
+
+
+def _group(placement: Placement, tensor: str) -> str:
+    return next(row.quantizer for row in placement.activations if tensor in row.tensors)
+
+
+@pytest.fixture(scope="module")
+def bev() -> tuple[fx.GraphModule, Placement]:
+    net, io = bev_student()
+    graph = float_graph(net, tracing_example(io))
+    return graph, place(graph)
+
+
+def test_every_conv_but_the_heads_is_quantised(bev: tuple[fx.GraphModule, Placement]) -> None:
+    graph, placement = bev
+    layers = {n for n, m in graph.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.ConvTranspose2d)}
+    heads = {n for n in layers if n.startswith(("head", "scene"))}
+    assert {row.module for row in placement.weights} == layers - heads
+    assert {row.why for row in placement.floats} == {"output head"}
+
+
+def test_every_residual_add_is_quantised(bev: tuple[fx.GraphModule, Placement]) -> None:
+    graph, placement = bev
+    sums = [node.name for node in graph.graph.nodes if node.name.startswith("add")]
+    assert list(placement.adds) == sums
+
+
+def test_a_tensor_has_one_quantizer_that_all_its_readers_share(bev: tuple[fx.GraphModule, Placement]) -> None:
+    _, placement = bev
+    tensors = [tensor for row in placement.activations for tensor in row.tensors]
+    assert len(tensors) == len(set(tensors))
+    readers = {row.tensors: row.readers for row in placement.activations}
+    stem = next(r for t, r in readers.items() if "stem_0_2" in t)
+    assert len(stem) == 2, "the residual block's first conv and its add read one quantised tensor"
+
+
+def test_quantizers_stand_behind_the_relu(bev: tuple[fx.GraphModule, Placement]) -> None:
+    graph, placement = bev
+    quantised = {tensor for row in placement.activations for tensor in row.tensors}
+    for node in graph.graph.nodes:
+        if [user.name for user in node.users if "relu" in str(user.name)] and len(node.users) == 1:
+            assert node.name not in quantised
+
+
+def test_inputs_share_one_scale_through_the_concat(bev: tuple[fx.GraphModule, Placement]) -> None:
+    _, placement = bev
+    first = placement.activations[0]
+    assert first.tensors == ("lidar_bchw", "camera_bchw", "cat")
+
+
+def test_scale_is_shared_through_resize_pool_concat() -> None:
+    placement = _placement(SkipConcat())
+    assert len({_group(placement, t) for t in ("relu", "max_pool2d", "interpolate", "cat", "mul")}) == 1
+    assert _group(placement, "x_bchw") != _group(placement, "relu")
+
+
+def test_transformer_keeps_norm_softmax_and_residual_stream_float() -> None:
+    placement = _placement(SmallViT())
+    assert {row.module for row in placement.weights} == {"patch", "qkv", "proj", "up", "down"}
+    assert placement.adds == ()
+    readers = {reader for row in placement.activations for reader in row.readers}
+    assert not readers & {"norm1", "norm2", "norm3", "softmax", "matmul", "matmul_1", "add_1", "add_2"}
+    assert "no quantised conv feeds it" in {row.why for row in placement.floats}
+
+
+def test_bias_add_is_no_residual() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.shift = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Parameter(torch.ones(1, 4, 1, 1))
+
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            y_BCHW: Tensor = self.b(self.a(x_BCHW) + self.shift)
+            return y_BCHW
+
+    assert _placement(Shifted()).adds == ()
+
+
+def test_add_is_found_however_it_is_spelled() -> None:
+    class Spelled(nn.Module):
+        def __init__(self, how: int) -> None:
+            super().__init__()
+            self.how, self.a, self.b = how, nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            y_BCHW = self.a(x_BCHW)
+            if self.how == 0:
+                y_BCHW = y_BCHW + x_BCHW
+            elif self.how == 1:
+                y_BCHW = torch.add(y_BCHW, x_BCHW)
+            elif self.how == 2:
+                y_BCHW = y_BCHW.add(x_BCHW)
+            else:
+                y_BCHW += x_BCHW
+            z_BCHW: Tensor = self.b(y_BCHW)
+            return z_BCHW
+
+    assert [len(_placement(Spelled(how)).adds) for how in range(4)] == [1, 1, 1, 1]
+
+
+def test_shared_weight_is_float_everywhere_when_one_call_is_a_head() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            y_BCHW: Tensor = self.conv(self.other(self.conv(x_BCHW)))
+            return y_BCHW
+
+    placement = _placement(Twice())
+    assert [row.module for row in placement.weights] == ["other"]
+    assert {row.why for row in placement.floats} == {"output head", "shares a float weight"}
+
+
+def test_transposed_convolution_stays_float_with_its_reason() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, stride=2), nn.Conv2d(4, 2, 1))
+    floats = {row.node: row.why for row in _placement(net).floats}
+    assert floats == {"_2": "TensorRT runs ConvTranspose in float", "_3": "output head"}
+
+
+def test_keep_float_and_quantise_heads() -> None:
+    net, _ = image_net(Residual())
+    graph = float_graph(net, (torch.rand(1, 3, 16, 16),))
+    assert [row.module for row in place(graph, keep_float=["conv"]).weights] == ["stem"]
+    assert [row.module for row in place(graph, quantise_heads=True).weights] == ["stem", "conv", "head"]
+    with pytest.raises(ConfigError, match="no conv or linear is called 'nothing'"):
+        place(graph, keep_float=["nothing"])
+
+
+def test_table_survives_json(bev: tuple[fx.GraphModule, Placement]) -> None:
+    _, placement = bev
+    assert Placement.from_json(json.loads(json.dumps(placement.to_json()))) == placement
+    with pytest.raises(ArtifactError, match="unknown placement format"):
+        Placement.from_json({**placement.to_json(), "format": 99})
+    with pytest.raises(ArtifactError, match="lacks a field"):
+        Placement.from_json({"format": 1, "method": "graph"})
+
+
+def test_untraceable_module_gets_quantised_layers_and_the_line_is_recorded() -> None:
+    module, placement = build(Branching(), (torch.rand(1, 6),))
+    assert placement.method == "modules"
+    assert "if x_BC.sum() > 0:" in (placement.reason or "")
+    assert [row.module for row in placement.weights] == ["first", "second"]
+    assert [(row.node, row.why) for row in placement.floats] == [("head", "output head (the last layer called)")]
+    assert not hasattr(module, QUANTIZERS)
+
+
+def test_nothing_to_quantise_is_an_error() -> None:
+    with pytest.raises(InputError, match="no conv or linear layer"):
+        build(nn.Sequential(nn.ReLU(), nn.Flatten()), (torch.rand(1, 3, 2, 2),))
+
+
+def test_changed_student_code_is_noticed_when_rebuilding() -> None:
+    net, io = bev_student()
+    _, placement = build(net, tracing_example(io))
+    row = replace(placement.activations[0], tensors=("gone",))
+    with pytest.raises(ArtifactError, match="code has changed since it was quantised: 'gone'"):
+        rebuild(net, tracing_example(io), replace(placement, activations=(row, *placement.activations[1:])))
+
+
+def test_two_inputs_of_one_add_both_get_a_quantizer(bev: tuple[fx.GraphModule, Placement]) -> None:
+    graph, placement = bev
+    quantised = {tensor for row in placement.activations for tensor in row.tensors}
+    for node in graph.graph.nodes:
+        if node.name in placement.adds:
+            assert {source.name for source in node.all_input_nodes} <= quantised
+    assert io_of((3, 4, 4), outputs=((1,),)).inputs[0].name == "x0"

@@ -1,0 +1,61 @@
+"""Learning rate, decay groups and averaged weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.ema import WeightAverage
+from fmdeploy.training.schedule import decay_groups, learning_rate
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_one_percent() -> None:
+    config = TrainingConfig(steps=100, warmup=0.1, lr=2e-3)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(2e-4)
+    assert rates[9] == rates[10] == pytest.approx(2e-3)
+    assert rates[-1] == pytest.approx(2e-5)
+    assert max(rates) == pytest.approx(2e-3)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(10 + 89 // 2, config) == pytest.approx(1.0e-3, rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_very_short_runs_have_a_rate(steps: int) -> None:
+    config = TrainingConfig(steps=steps)
+    assert all(0 < learning_rate(step, config) <= config.lr for step in range(steps))
+
+
+def test_only_matrices_and_kernels_decay() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    model[3].weight.requires_grad_(False)
+    decaying, others = decay_groups(model, 0.1)
+    assert [p.shape for p in decaying["params"]] == [(3, 2, 3, 3)]
+    assert len(others["params"]) == 4
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_the_average_follows_its_formula_and_includes_running_statistics() -> None:
+    model = nn.BatchNorm1d(2)
+    average = WeightAverage(model, decay=0.9)
+    expected = model.weight.detach().clone()
+    for step in range(200):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+            assert model.running_mean is not None
+            model.running_mean.fill_(7.0)
+        average.update(model, step)
+        keep = min(0.9, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * step
+    average.copy_to(model)
+    torch.testing.assert_close(model.weight.detach(), expected)
+    assert model.weight[0].item() == pytest.approx(199 - 9, abs=0.1)
+    assert model.running_mean is not None
+    torch.testing.assert_close(model.running_mean, torch.full((2,), 7.0))
+
+
+def test_a_batch_must_divide_into_its_parts() -> None:
+    with pytest.raises(ValueError, match="not a multiple of accumulation"):
+        TrainingConfig(batch=10, accumulation=4)
