@@ -21,10 +21,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.runtime import Runtime
-from fmdeploy.runtime.latency import measure_overhead
-from fmdeploy.runtime.protocol import Arrays
-from support.bundles import inputs, make_bundle
+from fmdeploy.runtime.latency import golden_frames, measure_overhead
+from support.bundles import make_bundle
 
 TARGET_US = 50.0
 BLOCKS = 5
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def report(runtime: Runtime, runs: int) -> None:
-    frames = distinct_frames(runtime)
+    frames = golden_frames(runtime.bundle)
     blocks = [measure_overhead(runtime, frames, runs) for _ in range(BLOCKS)]
     best = min(blocks, key=lambda block: block["overhead_us"])
     overheads = sorted(block["overhead_us"] for block in blocks)
@@ -50,33 +50,25 @@ def report(runtime: Runtime, runs: int) -> None:
     print(f"\n{runtime.tier}: {size / 1000:.0f} kB a frame, {BLOCKS} blocks of {runs} rounds, 1 thread")
     print(f"  bare session.run      {best['bare_us']:8.1f} µs")
     print(f"  Runtime.infer         {best['infer_us']:8.1f} µs   ratio {best['ratio']:.3f}")
-    print(f"  overhead              {np.median(overheads):8.1f} µs   blocks {', '.join(f'{o:.1f}' for o in overheads)}"
-          f"   (target {TARGET_US:g})")
-    print(f"  control bare - bare   {best['control_us']:8.1f} µs   ratio {1 + best['control_us'] / best['bare_us']:.3f}")
+    each = ", ".join(f"{overhead:.1f}" for overhead in overheads)
+    print(f"  overhead              {np.median(overheads):8.1f} µs   blocks {each}   (target {TARGET_US:g})")
+    control = best["control_us"]
+    print(f"  control bare - bare   {control:8.1f} µs   ratio {1 + control / best['bare_us']:.3f}")
     for name, cost in guard_costs(runtime, frames, runs).items():
         print(f"    {name:30}{cost:8.1f} µs")
-
-
-def distinct_frames(runtime: Runtime) -> list[Arrays]:
-    """Sparse binary frames with the bundle's shapes; each owns its memory."""
-    specs = runtime.bundle.io.inputs
-    if {spec.name for spec in specs} != {"lidar", "camera"}:
-        return [{name: array.copy() for name, array in runtime.bundle.golden.sample(n).items()}
-                for n in range(len(runtime.bundle.golden))]
-    batch = inputs(4, specs[0].shape[1])
-    return [{name: array[n].copy() for name, array in batch.items()} for n in range(4)]
 
 
 def guard_costs(runtime: Runtime, frames: list[Arrays], runs: int) -> dict[str, float]:
     """Median µs of every step of `infer` but the model, in order, each after a model run."""
     guards, run = runtime._guards, runtime.backend.run
-    feeds = guards.take(frames[0])
+    values = guards.own(frames[0])
+    feeds = guards.feeds(values)
     results = dict(zip(runtime.backend.output_names, run(feeds), strict=True))
     steps: dict[str, Callable[[Arrays], object]] = {
         "structure": lambda frame: guards.structure(frame, None),
-        "copy": guards.take,
-        "NaN and range": lambda _: guards.fatal(),
-        "constant, frozen, statistics": lambda _: guards.doubts(),
+        "own": guards.own,
+        "NaN and range": lambda frame: guards.fatal(list(frame.values())),
+        "constant, frozen, statistics": lambda frame: guards.doubts(list(frame.values())),
         "outputs finite": lambda _: guards.outputs(results),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}

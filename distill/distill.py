@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,14 +58,15 @@ def distill(config: DistillConfig) -> Artifact:
         DivergedError: the loss became NaN.
     """
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
-    sources = _open(config)
+    sources = sources_of(config)
     return produce(
         config.out, Kind.STUDENT, stage="distill", config=config, inputs=sources.inputs(),
         build=lambda draft: _build(draft, config, sources), resumable=True,
     )
 
 
-def _open(config: DistillConfig) -> Sources:
+def sources_of(config: DistillConfig) -> Sources:
+    """Open what `config` names; builds the cache when asked to."""
     sources = Sources(load_task(config.task), open_dataset(config.data))
     if config.teacher is None:
         return sources
@@ -79,23 +81,44 @@ def _open(config: DistillConfig) -> Sources:
     return replace(sources, teacher=teacher, loaded=loaded, features=features)
 
 
+@dataclass(frozen=True)
+class Assembly:
+    """A student on its bench: the training job, and the parts that are needed after it."""
+
+    student: nn.Module
+    batches: DistillBatches
+    job: Job
+
+
+def assemble(config: DistillConfig, sources: Sources, *, folder: Path, log: Path) -> Assembly:
+    """Student, batches and objective as `config` wants them; checkpoints go to `folder`.
+
+    Raises:
+        ArtifactError: the cache belongs to something else.
+        ConfigError: no such student or layer.
+    """
+    torch.manual_seed(config.seed)
+    student = sources.task.student(config.student, config.sizes())
+    batches = _batches(config, sources)
+    live = _live(config, sources) if batches.live else None
+    model = _with_projector(student, config, sources.task, batches.cache, live)
+    objective = Objective(sources.task, config, isinstance(model, Pupil), live)
+    return Assembly(student, batches, Job("student", model, batches, objective, folder=folder, log=log))
+
+
 def _build(draft: Draft, config: DistillConfig, sources: Sources) -> None:
     with together():
-        torch.manual_seed(config.seed)
-        student = sources.task.student(config.student, config.sizes())
-        batches = _batches(config, sources)
-        live = _live(config, sources) if batches.live else None
-        model = _with_projector(student, config, sources.task, batches.cache, live)
-        job = Job("student", model, batches, Objective(sources.task, config, model is not student, live),
-                  folder=draft.path("work/student"), log=draft.path("log.jsonl"))
-        timing = fit(job, config)
-        if isinstance(model, Pupil):
-            model.tap.remove()
+        made = assemble(config, sources, folder=draft.path("work/student"), log=draft.path("log.jsonl"))
+        timing = fit(made.job, config)
+        if isinstance(made.job.model, Pupil):
+            made.job.model.tap.remove()
         if draft.is_main:
             draft.note(training=timing.as_note())
-            save_model(draft, student, task=config.task, role="student", name=config.student, options=config.sizes())
+            save_model(
+                draft, made.student, task=config.task, role="student", name=config.student, options=config.sizes()
+            )
             write_curve(draft, parse_log(draft.path("log.jsonl")))
-            draft.write_json("metrics.json", _metrics(draft, student, config, sources, batches))
+            draft.write_json("metrics.json", _metrics(draft, made.student, config, sources, made.batches))
 
 
 def _batches(config: DistillConfig, sources: Sources) -> DistillBatches:

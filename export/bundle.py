@@ -109,7 +109,7 @@ def _open(config: ExportConfig, artifact: Artifact, data: Dataset) -> Source:
 def _build(draft: Draft, config: ExportConfig, source: Source) -> None:
     task = source.task
     budgets = _budgets(config, task)
-    variants = write_variants(draft.path("model").parent, task.io, source.student, source.quantised,
+    variants = write_variants(draft.root, task.io, source.student, source.quantised,
                               opset=config.opset, cpu=config.cpu)
     metrics = _metrics(draft, config, source, variants)
     golden = subset(task.samples(source.data, SPLIT), config.golden_samples)

@@ -22,7 +22,8 @@ from fmdeploy.quantize.sqnr import finite_db, sqnr_db
 from fmdeploy.task import Array, Arrays, Samples, Task
 
 Predict = Callable[[Arrays], Arrays]
-FLOOR_DB = {"fp32": 60.0, "int8": 40.0, "int8-cpu": 30.0}
+# Convolutional students reach 45 to 135 dB in the second row; a small ViT 40 dB, its float convolutions round most.
+FLOOR_DB = {"fp32": 60.0, "int8": 35.0, "int8-cpu": 30.0}
 METRIC_TOLERANCE = 0.01  # largest change of the primary metric, absolute
 
 

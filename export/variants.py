@@ -10,7 +10,7 @@ from typing import Any, Literal
 import onnx
 from torch import nn
 
-from fmdeploy.errors import ModelFileError, NoSpaceError
+from fmdeploy.errors import ModelFileError
 from fmdeploy.export.dialects import cpu_dialect
 from fmdeploy.export.fused import fused_ops
 from fmdeploy.export.graph import DQ, Q, op_counts, save_model
@@ -82,21 +82,16 @@ def write_variants(
     Raises:
         ModelFileError: a module cannot be exported, or this machine cannot run `int8-cpu` faithfully.
     """
-    try:
-        export_onnx(float_module(student, io), io, folder / file_name("fp32"), opset=opset)
-        if quantised is None:
-            return Variants(folder, io, ("fp32",))
-        int8 = export_onnx(quantised, io, folder / file_name("int8"), opset=opset)
-        # Inputs that the runtime's guards keep at or above 0 stay below 128 levels: no saturation without VNNI.
-        positive = [spec.name for spec in io.inputs if spec.value_range is not None and spec.value_range[0] >= 0]
-        spelled = cpu_dialect(int8, signed=cpu == "arm64", non_negative=positive)
-        saturating = saturating_layers(spelled)
-        require_exact(saturating)
-        save_model(spelled, folder / file_name("int8-cpu"))
-    except OSError as error:
-        if error.errno == 28:
-            raise NoSpaceError("the disk is full", where=folder) from error
-        raise
+    export_onnx(float_module(student, io), io, folder / file_name("fp32"), opset=opset)
+    if quantised is None:
+        return Variants(folder, io, ("fp32",))
+    int8 = export_onnx(quantised, io, folder / file_name("int8"), opset=opset)
+    # Inputs that the runtime's guards keep at or above 0 stay below 128 levels: no saturation without VNNI.
+    positive = [spec.name for spec in io.inputs if spec.value_range is not None and spec.value_range[0] >= 0]
+    spelled = cpu_dialect(int8, signed=cpu == "arm64", non_negative=positive)
+    saturating = saturating_layers(spelled)
+    require_exact(saturating)
+    save_model(spelled, folder / file_name("int8-cpu"))
     return Variants(folder, io, ("fp32", "int8", "int8-cpu"), saturating)
 
 

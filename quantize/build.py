@@ -13,9 +13,11 @@ from fmdeploy.errors import ArtifactError, InputError
 from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import example_inputs
 from fmdeploy.quantize import modelopt
-from fmdeploy.quantize.ops import WEIGHTED_MODULES
+from fmdeploy.quantize.heads import head_modules
+from fmdeploy.quantize.ops import CONV_MODULES
 from fmdeploy.quantize.placement import ActivationRow, FloatRow, Placement, WeightRow, place
 from fmdeploy.quantize.trace import UntraceableError, float_graph
+from fmdeploy.training.device import evaluation_mode
 
 QUANTIZERS = "quantizers"  # the submodule that holds every ActivationTensor of a traced model
 
@@ -37,7 +39,7 @@ def build(
     try:
         graph = float_graph(model, example)
     except UntraceableError as error:
-        return _build_modules(model, example, reason=str(error), keep_float=frozenset(keep_float))
+        return _build_modules(model, example, str(error), frozenset(keep_float), quantise_heads)
     placement = place(graph, keep_float=keep_float, quantise_heads=quantise_heads)
     return apply(graph, placement), placement
 
@@ -89,16 +91,15 @@ def _insert(graph: fx.GraphModule, tensor: str, quantizer: str) -> None:
 
 
 def _build_modules(
-    model: nn.Module, example: tuple[Tensor, ...], *, reason: str, keep_float: frozenset[str]
+    model: nn.Module, example: tuple[Tensor, ...], reason: str, keep_float: frozenset[str], quantise_heads: bool
 ) -> tuple[nn.Module, Placement]:
-    order = _call_order(model, example)
-    if not order:
-        raise InputError("the model has no conv or linear layer that could be quantised")
-    floats = {order[-1]: "output head (the last layer called)"} | dict.fromkeys(keep_float, "kept float on request")
-    chosen = [name for name in order if name not in floats]
+    kinds = (*CONV_MODULES, nn.Linear)
+    modules: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    heads = set() if quantise_heads else head_modules(model, example)
+    floats = dict.fromkeys(sorted(heads), "output head") | dict.fromkeys(keep_float, "kept float on request")
+    chosen = [name for name in _called(model, example, modules) if name not in floats]
     if not chosen:
-        raise InputError("the model has no conv or linear layer that could be quantised, its head left out")
-    modules = dict(model.named_modules())
+        raise InputError("the model has no conv or linear layer that could be quantised")
     placement = Placement(
         "modules",
         reason,
@@ -116,21 +117,18 @@ def _convert_modules(model: nn.Module, placement: Placement) -> nn.Module:
     return modelopt.convert(copy.deepcopy(model).eval(), weights=names, inputs=names)
 
 
-def _call_order(model: nn.Module, example: tuple[Tensor, ...]) -> list[str]:
-    """Names of conv and linear modules in the order in which one forward pass first calls them."""
+def _called(model: nn.Module, example: tuple[Tensor, ...], modules: dict[str, nn.Module]) -> list[str]:
+    """Names of those modules that one forward pass calls, in that order; an unused one would see no data."""
     order: list[str] = []
 
     def note(name: str) -> RemovableHandle:
         return modules[name].register_forward_hook(lambda *_: order.append(name))
 
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, WEIGHTED_MODULES)}
     handles = [note(name) for name in modules]
-    was_training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(*example)
+        with evaluation_mode(model):
+            model(*example)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(order))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, RunOnly, StageConfig
+from fmdeploy.config import InputPath, Positional, RunOnly, StageConfig
 from fmdeploy.errors import ModelFileError
 from fmdeploy.runtime.bundle import open_bundle
 from fmdeploy.runtime.latency import Speedup, golden_frames, measure_latency, measure_overhead, speedup, summary
@@ -19,7 +19,7 @@ from fmdeploy.runtime.tiers import TIERS
 class BenchConfig(StageConfig):
     """Options of `fmdeploy bench`."""
 
-    bundle: InputPath = Field(description="Folder of a BUNDLE")
+    bundle: Annotated[InputPath, Positional()] = Field(description="Folder of a BUNDLE")
     tiers: tuple[str, ...] = Field(default=TIERS, min_length=1, description="Variants to measure")
     threads: Annotated[int, RunOnly()] = Field(default=1, ge=1, le=256, description="Threads inside one run")
     runs: int = Field(default=300, ge=30, description="Rounds in which every tier takes one frame")

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.budgets import Budgets, read_budgets
 from fmdeploy.config import validate
 from fmdeploy.errors import ArtifactError, ModelFileError
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
-from fmdeploy.runtime.protocol import Arrays
 
 # The key "location" of an external-data entry, as protobuf spells it inside TensorProto.external_data. Old onnxruntime
 # follows such entries through "..", absolute paths and links, and one crafted location crashes it, so a file that

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.budgets import Budgets, read_budgets
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, OutputPath, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ArtifactError, ConfigError
@@ -40,7 +40,7 @@ from fmdeploy.task import Metric, Samples, Task, load_task
 class CheckConfig(StageConfig):
     """Options of `fmdeploy check`."""
 
-    bundle: InputPath = Field(description="Folder of a BUNDLE")
+    bundle: Annotated[InputPath, Positional()] = Field(description="Folder of a BUNDLE")
     data: InputPath = Field(description="Folder of a DATASET")
     out: OutputPath = Field(description="Folder of the CHECK to write")
     budgets: InputPath | None = Field(default=None, description="A budgets.toml; default: the bundle's own")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.budgets import SLICES, AccuracyBudget
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, OutputPath, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, StageConfig
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ArtifactError
 from fmdeploy.evaluate.bootstrap import check_paired
@@ -24,8 +24,8 @@ from fmdeploy.task import Metric, load_task
 class CompareConfig(StageConfig):
     """Options of `fmdeploy compare`."""
 
-    candidate: InputPath = Field(description="CHECK of the candidate")
-    deployed: InputPath = Field(description="CHECK of what is deployed, on the same data")
+    candidate: Annotated[InputPath, Positional()] = Field(description="CHECK of the candidate")
+    deployed: Annotated[InputPath, Positional()] = Field(description="CHECK of what is deployed, on the same data")
     out: OutputPath = Field(description="Folder of the CHECK to write")
     tier: str | None = Field(default=None, description="Tier to compare; default: the one each check prefers")
     max_drop: float = Field(default=0.01, ge=0, lt=1, description="Relative drop allowed overall")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.errors import FrameError
-from fmdeploy.runtime.protocol import Arrays
 
 
 class Reason(str, Enum):

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.runtime.bundle import Bundle
-from fmdeploy.runtime.protocol import Arrays
 from fmdeploy.runtime.session import Runtime
 
 Times = Sequence[float] | npt.NDArray[np.float64]
@@ -87,7 +87,7 @@ def measure_overhead(runtime: Runtime, frames: Sequence[Arrays], runs: int) -> d
     Rounds of bare, infer, bare again; the overhead is the median of infer minus the mean of its two neighbours.
     """
     session, names = runtime.backend.session, runtime.backend.output_names
-    feeds = [{name: array[None].copy() for name, array in frame.items()} for frame in frames]
+    feeds = [{name: array[None] for name, array in frame.items()} for frame in frames]
     infer = _infer_call(runtime, frames)
 
     def bare(number: int) -> object:

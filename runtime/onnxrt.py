@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fmdeploy.arrays import Array, Arrays
 from fmdeploy.errors import MissingError, ModelFileError
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.optional import require
-from fmdeploy.runtime.protocol import Array, Arrays
 
 CPU = "CPUExecutionProvider"
 ONNX_TYPES = {

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-
-Array = np.ndarray[Any, Any]
-Arrays = dict[str, Array]
+from fmdeploy.arrays import Array, Arrays
 
 
 class Backend(Protocol):

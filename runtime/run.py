@@ -17,15 +17,15 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, OutputPath, RunOnly, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
 from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ArtifactError, FrameError
 from fmdeploy.progress import progress
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import Frame
 from fmdeploy.runtime.guards import SAMPLES
-from fmdeploy.runtime.protocol import Arrays
 from fmdeploy.runtime.session import Runtime
 from fmdeploy.runtime.tiers import TIERS
 from fmdeploy.task import Samples, load_task
@@ -36,7 +36,7 @@ BATCH = 64
 class RunConfig(StageConfig):
     """Options of `fmdeploy run`."""
 
-    bundle: InputPath = Field(description="Folder of a BUNDLE")
+    bundle: Annotated[InputPath, Positional()] = Field(description="Folder of a BUNDLE")
     data: InputPath = Field(description="Folder of a DATASET")
     out: OutputPath = Field(description="Folder to write; must not exist")
     split: str = Field(default="test", description="Split to run: train, val, test or all")

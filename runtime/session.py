@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fmdeploy.arrays import Array, Arrays
 from fmdeploy.errors import FmdeployError
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import WARNINGS, Finding, Frame, Reason
 from fmdeploy.runtime.guards import GuardConfig, Guards
-from fmdeploy.runtime.protocol import Array, Arrays
 from fmdeploy.runtime.tiers import TIERS, choose_tier
 
 Clock = Callable[[], int]
@@ -76,7 +76,8 @@ class Runtime:
         """Judge one frame, run it, and judge the result.
 
         Args:
-            inputs: Input name to array, exactly as in the bundle's io.json, without batch axis.
+            inputs: Input name to array, exactly as in the bundle's io.json, without batch axis. Arrays that own
+                their memory are used in place: do not write to them until this returns.
             stamp_ns: When the sensors saw it, on the runtime's clock; default: now.
             deadline_ms: Overrides the runtime's deadline for this frame.
             layouts: Input name to layout; needed only where the shape does not tell the axes apart.
@@ -109,13 +110,13 @@ class Runtime:
     def _judge_and_run(self, inputs: Arrays, findings: list[Finding]) -> Arrays:
         """Append what is found to `findings`; return no outputs where the model must not see the frame."""
         refused = bool(findings)  # a stamp that is refused
-        feeds = self._guards.take(inputs)
-        fatal = self._guards.fatal()
+        values = self._guards.own(inputs)
+        fatal = self._guards.fatal(values)
         if fatal:
             findings += fatal
             return {}
-        findings += self._guards.doubts()
-        return {} if refused else self._run(feeds, findings)
+        findings += self._guards.doubts(values)
+        return {} if refused else self._run(self._guards.feeds(values), findings)
 
     def _judge_stamp(self, stamp: int, now: int, deadline: float | None) -> list[Finding]:
         last = self._last_stamp

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from fmdeploy.arrays import Array
 from fmdeploy.errors import FrameError
 from fmdeploy.iospec import TensorSpec
-from fmdeploy.runtime.protocol import Array
 
 
 class StructureGuard:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.errors import DataError, ModelFileError
 from fmdeploy.evaluate.evaluation import Evaluation, evaluate
 from fmdeploy.progress import Bar
 from fmdeploy.runtime.bundle import Bundle
-from fmdeploy.runtime.protocol import Arrays
 from fmdeploy.runtime.session import Runtime
 from fmdeploy.runtime.tiers import TierReport, admit_tier
 from fmdeploy.task import Metric, Samples

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from fmdeploy.arrays import Array
 from fmdeploy.errors import FmdeployError, ModelFileError
 from fmdeploy.runtime.bundle import Bundle
 from fmdeploy.runtime.onnxrt import OrtBackend
-from fmdeploy.runtime.protocol import Array
 
 TIERS = ("int8-cpu", "fp32")
 WARM_UP_RUNS = 3

@@ -33,12 +33,12 @@ class CacheConfig(StageConfig):
     teacher: InputPath = Field(description="TEACHER")
     data: InputPath = Field(description="DATASET")
     out: OutputPath = Field(description="Where the FEATURES are written")
-    split: Literal["train", "val", "test", "all"] = Field("train", description="which samples")
-    layers: tuple[str, ...] = Field((), description="modules whose maps are kept; none given: the task's choice")
-    dtype: Literal["float16", "float32"] = Field("float16", description="of what is stored")
-    precision: Precision = Field("auto", description="arithmetic of the teacher; auto: what this device is fast at")
-    per_shard: int = Field(512, ge=1, description="samples a file")
-    batch: int = Field(64, ge=1, description="samples a forward pass")
+    split: Literal["train", "val", "test", "all"] = Field(default="train", description="which samples")
+    layers: tuple[str, ...] = Field(default=(), description="modules to keep; none given: the task's choice")
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="of what is stored")
+    precision: Precision = Field(default="auto", description="arithmetic; auto: what this device is fast at")
+    per_shard: int = Field(default=512, ge=1, description="samples a file")
+    batch: int = Field(default=64, ge=1, description="samples a forward pass")
 
 
 @command(CacheConfig)

@@ -33,13 +33,13 @@ class TeacherConfig(TrainingConfig):
 
     data: InputPath = Field(description="DATASET")
     out: OutputPath = Field(description="Where the TEACHER is written")
-    task: str = Field("bev-occupancy", description="built-in task, or module:Class")
-    dim: int | None = Field(None, ge=1, description="width of the transformer")
-    depth: int | None = Field(None, ge=1, description="blocks of the transformer")
-    heads: int | None = Field(None, ge=1, description="attention heads")
-    stem_width: int | None = Field(None, ge=1, description="channels at half resolution")
-    width: int | None = Field(None, ge=1, description="channels at quarter resolution")
-    activation_checkpointing: bool | None = Field(None, description="recompute activations to save memory")
+    task: str = Field(default="bev-occupancy", description="built-in task, or module:Class")
+    dim: int | None = Field(default=None, ge=1, description="width of the transformer")
+    depth: int | None = Field(default=None, ge=1, description="blocks of the transformer")
+    heads: int | None = Field(default=None, ge=1, description="attention heads")
+    stem_width: int | None = Field(default=None, ge=1, description="channels at half resolution")
+    width: int | None = Field(default=None, ge=1, description="channels at quarter resolution")
+    activation_checkpointing: bool | None = Field(default=None, description="recompute activations to save memory")
 
     def sizes(self) -> dict[str, Any]:
         """The size options that were given, for `Task.teacher`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -70,7 +71,7 @@ class LazyGroup(click.Group):
 
 def build_command(name: str, verb: Verb) -> click.Command:
     """The click command of one stage, its flags generated from its configuration."""
-    from fmdeploy.command import Command, click_options
+    from fmdeploy.command import Command, argument_lines, click_options
 
     module, _, attribute = verb.target.partition(":")
     stage: Command[Any, Any] = getattr(importlib.import_module(module), attribute)
@@ -82,8 +83,9 @@ def build_command(name: str, verb: Verb) -> click.Command:
     def callback(config_file: str | None, as_json: bool, **flags: Any) -> None:
         run_stage(stage, Path(config_file) if config_file else None, as_json, flags)
 
-    return click.Command(name, params=click_options(stage.config) + common, help=stage.__doc__ or verb.help,
-                         short_help=verb.help, callback=callback)
+    text = inspect.cleandoc(stage.__doc__ or verb.help).partition("\n\nRaises:")[0] + argument_lines(stage.config)
+    return click.Command(name, params=click_options(stage.config) + common, help=text, short_help=verb.help,
+                         callback=callback)
 
 
 def run_stage(stage: Any, config_file: Path | None, as_json: bool, flags: dict[str, Any]) -> None:

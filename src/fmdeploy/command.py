@@ -81,6 +81,12 @@ def click_options(model: type[StageConfig]) -> list[click.Parameter]:
     return [_option(name, model) for name in model.model_fields]
 
 
+def argument_lines(model: type[StageConfig]) -> str:
+    """Help of the positional arguments, which click itself leaves without any."""
+    infos = {n: i for n, i in model.model_fields.items() if any(isinstance(m, Positional) for m in marks_of(i))}
+    return "".join(f"\n\n{name.upper()}: {info.description}." for name, info in infos.items())
+
+
 def _option(name: str, model: type[StageConfig]) -> click.Parameter:
     info = model.model_fields[name]
     flag = "--" + name.replace("_", "-")

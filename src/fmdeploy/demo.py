@@ -10,12 +10,14 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from fmdeploy.artifact import Artifact, open_artifact
+from fmdeploy.budgets import AccuracyBudget, Budgets, TargetBudget
 from fmdeploy.command import Outcome, command
 from fmdeploy.config import OutputPath, StageConfig
 from fmdeploy.errors import LeakageError
@@ -23,17 +25,34 @@ from fmdeploy.manifest import Kind
 from fmdeploy.progress import say
 
 LABELS = 0.1
-# Full: 480 sequences, minutes. Fast: the same stages and files at toy size, for tests.
-FULL: dict[str, dict[str, Any]] = {
-    "record": {"simulations": 240},
-    "teacher": {"steps": 650},
-    "student": {"steps": 550},
-}
-FAST: dict[str, dict[str, Any]] = {
-    "record": {"simulations": 40, "frames": 30},
-    "teacher": {"steps": 60, "dim": 96, "depth": 2, "stem_width": 32, "width": 48},
-    "student": {"steps": 60, "stem_width": 16, "width": 16},
-}
+TARGET = {"cpu": TargetBudget(p50_ms=10.0, p99_ms=50.0, peak_mib=400.0)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Options of the stages, and the limits that the bundle must keep."""
+
+    record: dict[str, Any]
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    budgets: Budgets
+
+
+FULL = Sizes(
+    record={},
+    teacher={"steps": 650},
+    student={"steps": 550},
+    budgets=Budgets(size_mib=2.0, target=TARGET, accuracy=AccuracyBudget(
+        metric="iou", max_drop_vs_teacher=0.08, max_drop_vs_fp32=0.01, max_slice_drop=0.03)),
+)
+# Toy networks after a hundred steps say nothing about distillation: only what INT8 loses is gated, and loosely.
+FAST = Sizes(
+    record={"simulations": 40},
+    teacher={"steps": 100, "dim": 96, "depth": 2, "stem_width": 32, "width": 48},
+    student={"steps": 100, "stem_width": 16, "width": 32},
+    budgets=Budgets(size_mib=2.0, target=TARGET, accuracy=AccuracyBudget(
+        metric="iou", max_drop_vs_fp32=0.1, min_samples=100)),
+)
 
 
 class DemoConfig(StageConfig):
@@ -78,14 +97,16 @@ def demo(config: DemoConfig) -> Outcome:
 def run_stages(config: DemoConfig, clock: Clock) -> dict[str, Artifact]:
     """All stages in order; name of the folder → artifact."""
     out, sizes = config.out, FAST if config.fast else FULL
-    made = {"data": record(config, clock, sizes["record"])}
+    made = {"data": record(config, clock, sizes.record)}
     made |= train(config, clock, sizes)
     from fmdeploy.export.bundle import export
     from fmdeploy.quantize.quantize import quantize
     from fmdeploy.runtime.check import check
 
     made["quantized"] = clock("quantize", quantize, student=out / "student", data=out / "data", out=out / "quantized")
-    made["bundle"] = clock("export", export, model=out / "quantized", data=out / "data", out=out / "bundle", int8=True)
+    write_atomically(out / "budgets.toml", sizes.budgets.to_toml())
+    made["bundle"] = clock("export", export, model=out / "quantized", data=out / "data", out=out / "bundle",
+                           budgets=out / "budgets.toml")
     clock("check", check, bundle=out / "bundle", data=out / "data", out=out / "check")
     made["check"] = open_artifact(out / "check", Kind.CHECK)
     from fmdeploy.evaluate.report import report
@@ -95,29 +116,29 @@ def run_stages(config: DemoConfig, clock: Clock) -> dict[str, Artifact]:
     return made
 
 
-def record(config: DemoConfig, clock: Clock, sizes: dict[str, Any]) -> Artifact:
+def record(config: DemoConfig, clock: Clock, options: dict[str, Any]) -> Artifact:
     """The scenes, audited for leakage before anything is trained on them."""
     from fmdeploy.data.audit import audit
     from fmdeploy.data.record import record as record_stage
 
-    artifact: Artifact = clock("record", record_stage, out=config.out / "data", seed=config.seed, **sizes)
+    artifact: Artifact = clock("record", record_stage, out=config.out / "data", seed=config.seed, **options)
     found: Outcome = clock("audit", audit, data=config.out / "data")
     if found.exit_code:
         raise LeakageError("the recording leaks between splits", where=config.out / "data", found=found.lines[0])
     return artifact
 
 
-def train(config: DemoConfig, clock: Clock, sizes: dict[str, dict[str, Any]]) -> dict[str, Artifact]:
+def train(config: DemoConfig, clock: Clock, sizes: Sizes) -> dict[str, Artifact]:
     """Teacher, its cache, the student that learns from it and the one that does not."""
     from fmdeploy.distill.distill import distill
     from fmdeploy.teacher.cache import cache
     from fmdeploy.teacher.train import train as train_teacher
 
     out, seed = config.out, config.seed
-    common = {"data": out / "data", "labels": LABELS, "seed": seed, **sizes["student"]}
+    common = {"data": out / "data", "labels": LABELS, "seed": seed, **sizes.student}
     return {
         "teacher": clock("teacher", train_teacher, data=out / "data", out=out / "teacher", seed=seed,
-                         **sizes["teacher"]),
+                         **sizes.teacher),
         "features": clock("cache", cache, teacher=out / "teacher", data=out / "data", out=out / "features"),
         "student": clock("distill", distill, teacher=out / "teacher", features=out / "features",
                          out=out / "student", **common),

@@ -175,6 +175,7 @@ def _seal(draft: Draft, blank: Manifest, out: Path, seconds: float) -> None:
     manifest = blank.model_copy(update={"files": files, "environment": environment})
     (draft.root / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     for name in [*names, MANIFEST_NAME]:
+        os.chmod(draft.root / name, 0o644)  # safetensors makes its files private; a container has another user
         _fsync(draft.root / name)
     for top, _, _ in os.walk(draft.root):
         _fsync(Path(top))

@@ -29,7 +29,7 @@ def summarise(made: Mapping[str, Artifact], task_name: str = "bev-occupancy") ->
     evaluations = {name: Evaluation.load(made[name], "evaluation") for name in models}
     return {
         **models,
-        "int8": {"iou": made["quantized"].json("metrics.json")["test"][metric.name]},
+        "int8": _int8(made["quantized"], made["bundle"], metric),
         "int8_cpu": {"iou": checked["values"].get(SERVED, {}).get(metric.name)},
         "baselines": _baselines(made["data"], task_name, metric),
         "retention": models["student"]["iou"] / models["teacher"]["iou"],
@@ -46,6 +46,12 @@ def summarise(made: Mapping[str, Artifact], task_name: str = "bev-occupancy") ->
 def _model(artifact: Artifact) -> dict[str, Any]:
     metrics = artifact.json("metrics.json")
     return {"params": metrics["params"], "labels": metrics["labels"], **metrics["test"]}
+
+
+def _int8(quantized: Artifact, bundle: Artifact, metric: Metric) -> dict[str, Any]:
+    """The TensorRT dialect: scored as fake-quantised torch, and how well `model.int8.onnx` agrees with that."""
+    parity = bundle.json("metrics.json")["variants"]["int8"]["parity"]
+    return {metric.name: quantized.json("metrics.json")["test"][metric.name], "sqnr_to_onnx_db": parity["sqnr_db"]}
 
 
 def _baselines(data: Artifact, task_name: str, metric: Metric) -> dict[str, float]:

@@ -123,12 +123,13 @@ def test_vectors_and_integers_are_guarded_too() -> None:
     ):
         frame_now: Arrays = {"speed": np.array(values, np.float32), "image": pixels}
         guards.structure(frame_now, None)
-        feeds = guards.take(frame_now)
+        owned = guards.own(frame_now)
+        feeds = guards.feeds(owned)
         assert feeds["speed"].shape == (1, 3)
         assert np.array_equal(feeds["image"][0], pixels)
-        assert [found.code for found in guards.fatal()] == fatal
+        assert [found.code for found in guards.fatal(owned)] == fatal
         if doubts is not None:
-            assert [found.code for found in guards.doubts()] == doubts
+            assert [found.code for found in guards.doubts(owned)] == doubts
 
 
 # T6

@@ -15,6 +15,7 @@ import pytest
 from fmdeploy.artifact import open_artifact
 from fmdeploy.evaluate.gates import Row, gates_pass
 from fmdeploy.manifest import Kind
+from support.markdown import shell_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "digits" / "digits.py"
@@ -23,12 +24,15 @@ SCRIPT = ROOT / "examples" / "digits" / "digits.py"
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the example wrote."""
-    out = tmp_path_factory.mktemp("digits") / "out"
-    done = subprocess.run([sys.executable, str(SCRIPT), str(out)], text=True, capture_output=True, check=False,
-                          cwd=out.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    [block] = shell_blocks(ROOT / "examples" / "digits" / "README.md")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", block.script], text=True, capture_output=True, check=False,
+                          cwd=folder, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
-    return out
+    return folder / "out" / "digits"
 
 
 def metrics(folder: Path) -> dict[str, Any]:

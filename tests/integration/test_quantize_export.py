@@ -148,6 +148,15 @@ def test_float_only_bundle(home: Path, tmp_path: Path) -> None:
     assert bundle.json("calibration.json")["ranges"] == {}
 
 
+def test_bundle_for_arm_cores_is_signed_and_computes_the_same(home: Path, tmp_path: Path) -> None:
+    bundle = export(model=home / "quantized", data=home / "data", out=tmp_path / "b", cpu="arm64", parity_samples=2,
+                    golden_samples=2)
+    through = open_artifact(home / "bundle")
+    assert _sha(bundle, "int8") == _sha(through, "int8")
+    assert _sha(bundle, "int8-cpu") != _sha(through, "int8-cpu")
+    assert min(bundle.json("metrics.json")["variants"]["int8-cpu"]["parity"]["sqnr_db"].values()) > 30
+
+
 def test_qat_through_the_stage_beats_nothing_but_runs_and_exports(home: Path, tmp_path: Path) -> None:
     found = quantize(student=home / "student", data=home / "data", out=tmp_path / "q", mode="qat", steps=8, batch=4,
                      calibration_samples=12)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from support.bundles import Arrays, inputs, make_bundle
 @functools.cache
 def toy_bundle() -> Path:
     """The toy bundle, sealed once a process; treat it as read-only."""
-    out = Path(tempfile.mkdtemp(prefix="fmdeploy-toy-")) / "bundle"
-    return make_bundle(out).root
+    folder = Path(tempfile.mkdtemp(prefix="fmdeploy-toy-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_bundle(folder / "bundle").root
 
 
 def frame(seed: int = 0) -> Arrays:

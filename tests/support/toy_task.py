@@ -34,6 +34,9 @@ class ToyTask(Task):
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
         raise AssertionError("the device does not train")
 
+    def distillation_loss(self, outputs: dict[str, Tensor], teacher_outputs: dict[str, Tensor]) -> Tensor:
+        raise AssertionError("the device does not train")
+
     def teacher(self, options: Mapping[str, Any]) -> nn.Module:
         raise AssertionError("the device does not train")
 

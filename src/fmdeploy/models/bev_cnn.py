@@ -1,7 +1,7 @@
 """The student of `bev-occupancy`: a residual CNN of convolution, BatchNorm and ReLU.
 
 Every operator has an INT8 kernel in TensorRT and in ONNX Runtime: 3 x 3 and 1 x 1 convolutions, adds, nearest
-up-sampling by 2, depth-to-space, one global average pool and one linear layer. Widths are multiples of 16.
+up-sampling by 2, one transposed convolution, one global average pool and one linear layer. Widths are multiples of 16.
 
 Legend: B batch, C channels, H W cells of the grid (64 x 64).
 """
@@ -28,9 +28,10 @@ class BevCnn(nn.Module):
 
     def __init__(
         self, channels: tuple[int, ...], num_planes: int, num_scenes: int, *,
-        stem_width: int = 32, width: int = 48, dilations: tuple[int, ...] = (1, 2, 4),
+        stem_width: int = 48, width: int = 48, dilations: tuple[int, ...] = (1, 2),
     ) -> None:
         super().__init__()
+        self.rebuild = ("cnn", {"stem_width": stem_width, "width": width, "dilations": list(dilations)})
         self.stem = nn.Sequential(conv_bn_relu(sum(channels), stem_width, stride=2), ResidualBN(stem_width))
         self.trunk = nn.Sequential(
             conv_bn_relu(stem_width, width, stride=2), *(ResidualBN(width, dilation) for dilation in dilations)
@@ -39,7 +40,9 @@ class BevCnn(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.relu = nn.ReLU()
         self.refine = ResidualBN(stem_width)
-        self.head = nn.Sequential(nn.Conv2d(stem_width, 4 * num_planes, 3, padding=1), nn.PixelShuffle(2))
+        # The same function as a 1 x 1 convolution and PixelShuffle, in one kernel: the head stays in float, and a
+        # 3 x 3 head with PixelShuffle took a third of the INT8 network's time in ONNX Runtime (measured).
+        self.head = nn.ConvTranspose2d(stem_width, num_planes, 2, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.scene = nn.Linear(width, num_scenes)
 

@@ -32,6 +32,7 @@ class BevVit(nn.Module):
         width: int = 32, dim: int = 64, depth: int = 2,
     ) -> None:
         super().__init__()
+        self.rebuild = ("vit", {"width": width, "dim": dim, "depth": depth})
         self.stem = conv_bn_relu(sum(channels), width, stride=2)
         self.encoder = Dinov2Tokens(width, HALF, PATCH, dim, depth, 2)
         self.trunk = nn.Identity()  # a name for the feature loss to hook: (B, D, 8, 8)

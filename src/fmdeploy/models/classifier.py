@@ -23,6 +23,7 @@ class CnnClassifier(nn.Module):
 
     def __init__(self, num_in: int, num_classes: int, *, width: int = 16, blocks: int = 1) -> None:
         super().__init__()
+        self.rebuild = ("cnn", {"width": width, "blocks": blocks})
         self.stem = conv_bn_relu(num_in, width)
         self.fine = nn.Sequential(*(ResidualBN(width) for _ in range(blocks)))
         self.down = conv_bn_relu(width, 2 * width, stride=2)
@@ -51,6 +52,7 @@ class TransformerClassifier(nn.Module):
 
     def __init__(self, num_in: int, num_classes: int, side: int, *, dim: int, depth: int, heads: int) -> None:
         super().__init__()
+        self.rebuild = ("", {"dim": dim, "depth": depth, "heads": heads})
         self.stem = nn.Sequential(conv_gn_relu(num_in, dim, stride=2), ResidualGN(dim))
         cells = ((side + 1) // 2) ** 2
         self.position = nn.Parameter(torch.zeros(1, cells, dim).normal_(std=0.02))

@@ -56,7 +56,8 @@ def save_model(
         task: As given to `load_task`.
         role: Which factory of the task builds it.
         name: The student's name; empty for a teacher.
-        options: What the factory was given. A module with an attribute `rebuild` says itself.
+        options: What the factory was given. A module with an attribute `rebuild` (name and options) says itself:
+            the built-in ones name all their sizes, so that a new default does not orphan old artifacts.
     """
     name, chosen = getattr(module, "rebuild", (name, dict(options)))
     recipe = Recipe(task=task, role=role, name=name, options=chosen, parameters=num_parameters(module),

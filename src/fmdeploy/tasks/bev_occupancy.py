@@ -6,7 +6,7 @@ Legend: B batch, C channels, H W rows and columns of a 64 x 64 grid of 1 m cells
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,6 +111,13 @@ class BevOccupancy(Task):
             "vit": lambda chosen: BevVit(self._channels(), PLANES, len(SCENES), **chosen),
         }
         return make_student(name, options, self.io, built_in)
+
+    def baselines(self) -> Mapping[str, Callable[[Arrays], Arrays]]:
+        """Copying what the sensors show at t."""
+        from fmdeploy.tasks.bev_baselines import copy_both, copy_lidar
+
+        sized = functools.partial(functools.partial, horizons=len(HORIZONS), scenes=len(SCENES))
+        return {"copy lidar": sized(copy_lidar), "copy lidar | camera": sized(copy_both)}
 
     def panel(self, values: Arrays) -> Array:
         """A picture (64, 64, 3) uint8 of one sample: vehicles by horizon in colour on the drivable area."""

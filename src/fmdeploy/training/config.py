@@ -14,18 +14,18 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class TrainingConfig(StageConfig):
     """Optimiser, schedule and batch of one training run."""
 
-    steps: int = Field(800, ge=1, description="optimiser steps")
-    batch: int = Field(16, ge=1, description="samples a step, over all processes and accumulated parts")
-    accumulation: int = Field(1, ge=1, description="parts a step's batch is cut into, to save memory")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
-    warmup: float = Field(0.08, ge=0, le=1, description="share of the steps in which the rate rises")
-    weight_decay: float = Field(0.02, ge=0, description="AdamW decay of matrices and kernels")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights that are kept; 0 keeps the last")
-    mirror: bool = Field(True, description="mirror half of the samples, where the task has a mirror image")
-    precision: Precision = Field("auto", description="arithmetic of the networks; auto: what this device is fast at")
-    seed: int = Field(0, ge=0, description="of initial weights, order of samples and augmentation")
-    checkpoint_every: Annotated[int, RunOnly()] = Field(100, ge=1, description="steps between checkpoints")
+    steps: int = Field(default=800, ge=1, description="optimiser steps")
+    batch: int = Field(default=16, ge=1, description="samples a step, over all processes and accumulated parts")
+    accumulation: int = Field(default=1, ge=1, description="parts a step's batch is cut into, to save memory")
+    lr: float = Field(default=2e-3, gt=0, description="peak learning rate")
+    warmup: float = Field(default=0.08, ge=0, le=1, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(default=0.02, ge=0, description="AdamW decay of matrices and kernels")
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights; 0 keeps the last ones")
+    mirror: bool = Field(default=True, description="mirror half of the samples, where the task has a mirror image")
+    precision: Precision = Field(default="auto", description="arithmetic; auto: what this device is fast at")
+    seed: int = Field(default=0, ge=0, description="of initial weights, order of samples and augmentation")
+    checkpoint_every: Annotated[int, RunOnly()] = Field(default=100, ge=1, description="steps between checkpoints")
 
     @model_validator(mode="after")
     def _parts_are_equal(self) -> TrainingConfig:

@@ -36,7 +36,7 @@ FLUSH_EVERY = 10  # steps between looks at the loss: a GPU would have to wait fo
 
 
 class DivergedError(InputError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def fit(job: Job, config: TrainingConfig) -> Timing:
     Raises:
         DivergedError: the loss is not finite; the last good checkpoint stays.
     """
-    return _Run(job, config).train()
+    return Run(job, config).train()
 
 
 def to_tensors(batch: Batch, device: torch.device) -> Tensors:
@@ -101,7 +101,7 @@ def to_tensors(batch: Batch, device: torch.device) -> Tensors:
     }
 
 
-class _Run:
+class Run:
     """One call of `fit`: the state that its small steps share."""
 
     def __init__(self, job: Job, config: TrainingConfig) -> None:
@@ -121,13 +121,14 @@ class _Run:
         return load_checkpoint(found, self.state, self.accelerator.device) if found else 0
 
     def train(self) -> Timing:
+        """All remaining steps; see `fit`."""
         config, started = self.config, time.perf_counter()
         loader = Prefetcher(self._make, self._keys())
         self.model.train()
         try:
             with progress(self.job.title, total=config.steps, done=self.start) as bar:
                 for step in range(self.start, config.steps):
-                    self._step(step, loader)
+                    self.step(step, loader.take)
                     self._account(step + 1, bar)
         finally:
             loader.close()
@@ -142,14 +143,15 @@ class _Run:
     def _make(self, key: int) -> Batch:
         return self.job.batch(*divmod(key, self.config.accumulation))
 
-    def _step(self, step: int, loader: Prefetcher[Batch]) -> None:
+    def step(self, step: int, take: Callable[[], Batch]) -> None:
+        """One optimiser step on the batches that `take` gives, one for each part."""
         torch.manual_seed((self.config.seed << 32) + step * world()[1] + world()[0])
         rate = learning_rate(step, self.config)
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
         parts: Losses = {}
         for part in range(self.config.accumulation):
-            for name, value in self._backward(loader.take(), part).items():
+            for name, value in self._backward(take(), part).items():
                 parts[name] = parts.get(name, 0) + value.detach() / self.config.accumulation
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
@@ -177,18 +179,22 @@ class _Run:
     def _flush(self, bar: Bar) -> None:
         records = [_plain(record) for record in self.pending]
         self.pending = []
-        good = [record for record in records if math.isfinite(record["loss"])]
         self.log.write(records)
-        if len(good) < len(records):
-            bad = next(record for record in records if not math.isfinite(record["loss"]))
-            raise self._diverged(int(bad["step"]))
+        for record in records:
+            if not self._is_finite(record):
+                raise self._diverged(int(record["step"]))
         bar.advance(len(records), loss=records[-1]["loss"])
+
+    def _is_finite(self, record: Mapping[str, float]) -> bool:
+        """Checked before a checkpoint is written. A gradient scaler skips steps whose gradient overflows: no fault."""
+        scaled = self.accelerator.scaler is not None
+        return math.isfinite(record["loss"]) and (scaled or math.isfinite(record["grad_norm"]))
 
     def _diverged(self, step: int) -> DivergedError:
         found = latest_checkpoint(self.job.folder)
         kept = f"The last good checkpoint is {found.name}" if found else "No checkpoint was written yet"
         return DivergedError(
-            f"the loss is not finite at step {step}", where=self.job.title,
+            f"the loss or its gradient is not finite at step {step}", where=self.job.title,
             fix=f"{kept}. Run again with a smaller --lr (now {self.config.lr:g}) or --precision fp32",
         )
 

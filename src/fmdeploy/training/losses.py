@@ -6,6 +6,7 @@ Legend: B batch, C channels or classes, H W rows and columns; `...` any shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,25 @@ def bernoulli_kl(logits: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of one Bernoulli variable an element, mean over all; both inputs are logits (...).
 
     In terms of softplus A it is the Bregman divergence A(s) - A(t) - A'(t) (s - t), with A' the sigmoid: binary cross
-    entropy with soft targets minus the teacher's entropy, with nothing to cancel.
+    entropy with soft targets minus the teacher's entropy, with nothing to cancel. The gradient A'(s) - A'(t) is written
+    out, because autograd's way costs half as much again, and this runs on every cell of every sample.
     """
-    student, target = logits.float(), teacher.float()
-    return (F.softplus(student) - F.softplus(target) - torch.sigmoid(target) * (student - target)).mean()
+    loss: Tensor = _BernoulliKL.apply(logits.float(), teacher.float())  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _BernoulliKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        chance = torch.sigmoid(teacher)
+        ctx.save_for_backward(torch.sigmoid(student).sub_(chance))
+        slope = (student - teacher).mul_(chance)
+        return F.softplus(student).sub_(F.softplus(teacher)).sub_(slope).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (gradient / difference.numel()), None
 
 
 def soft_dice(probability_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
@@ -79,5 +95,5 @@ def feature_distance(student: Tensor, teacher: Tensor, axis: int) -> Tensor:
 
 
 def _standardised(x: Tensor, axis: int) -> Tensor:
-    wide = x.float().movedim(axis, -1)
-    return F.layer_norm(wide, wide.shape[-1:])
+    rows = x.float().movedim(axis, -1).flatten(0, -2)
+    return F.layer_norm(rows, rows.shape[-1:])

@@ -155,3 +155,15 @@ def test_bad_options_are_refused_in_one_line(
 
 def test_the_same_request_gives_the_same_digest(home: Path, cached: Artifact, tmp_path: Path) -> None:
     assert _distill(home, tmp_path / "again", features=home / "features").digest == cached.digest
+
+
+def test_the_projector_pools_equal_windows_as_the_adaptive_kernel_would() -> None:
+    import torch
+
+    from fmdeploy.distill.projector import Projector
+
+    map_BCHW = torch.randn(2, 6, 16, 16)
+    for grid in ((8, 8), (16, 16), (5, 7)):
+        projector = Projector(6, (4, *grid))
+        expected = projector.lift(torch.nn.functional.adaptive_avg_pool2d(map_BCHW, grid))
+        torch.testing.assert_close(projector(map_BCHW), expected)

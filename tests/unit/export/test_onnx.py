@@ -57,6 +57,25 @@ def test_a_tensor_has_one_pair(int8: tuple[ModelProto, float, str]) -> None:
     assert len(sources) == len(set(sources))
 
 
+def test_modules_that_read_one_tensor_share_its_pair_even_without_a_graph(tmp_path: Path) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 2)
+
+        def forward(self, x_BC: Tensor) -> Tensor:
+            if x_BC.sum() > 1e9:
+                x_BC = x_BC * 0
+            y_BC: Tensor = self.head(torch.relu(self.a(x_BC)) * self.b(x_BC) + self.c(x_BC))
+            return y_BC
+
+    net, io = Three().eval(), io_of((6,), outputs=((2,),), positive=False)
+    quantised = ptq(net, io, samples_of(io))
+    assert quantised.placement.method == "modules"
+    graph = Graph(export_onnx(quantised.module, io, tmp_path / "m.onnx"))
+    assert [node.input[0] for node in graph.nodes(Q) if node.input[0] not in graph.constants] == ["x0"]
+
+
 def test_biases_are_float_and_weights_have_a_scale_a_channel(int8: tuple[ModelProto, float, str]) -> None:
     graph = Graph(int8[0])
     for node in graph.nodes("Conv", "Gemm"):

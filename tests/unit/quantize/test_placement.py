@@ -162,8 +162,28 @@ def test_untraceable_module_gets_quantised_layers_and_the_line_is_recorded() -> 
     assert placement.method == "modules"
     assert "if x_BC.sum() > 0:" in (placement.reason or "")
     assert [row.module for row in placement.weights] == ["first", "second"]
-    assert [(row.node, row.why) for row in placement.floats] == [("head", "output head (the last layer called)")]
+    assert [(row.node, row.why) for row in placement.floats] == [("head", "output head")]
     assert not hasattr(module, QUANTIZERS)
+
+
+def test_heads_of_an_untraceable_module_with_two_outputs_are_found() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.body, self.unused = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(2, 2)
+            self.planes, self.label = nn.Conv2d(4, 2, 1), nn.Linear(4, 3)
+
+        def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+            x_BCHW = torch.relu(self.enter(x_BCHW))
+            if x_BCHW.mean() > -1:
+                x_BCHW = torch.relu(self.body(x_BCHW))
+            return torch.sigmoid(self.planes(x_BCHW)), self.label(x_BCHW.mean((2, 3)))
+
+    _, placement = build(TwoHeads(), (torch.rand(1, 3, 4, 4),))
+    assert [row.module for row in placement.weights] == ["enter", "body"]
+    assert {row.node for row in placement.floats} == {"planes", "label"}
+    _, placement = build(TwoHeads(), (torch.rand(1, 3, 4, 4),), quantise_heads=True)
+    assert [row.module for row in placement.weights] == ["enter", "body", "planes", "label"]
 
 
 def test_nothing_to_quantise_is_an_error() -> None:

@@ -155,6 +155,7 @@ def test_models_judged_on_other_samples_are_left_out(parts: Parts, tmp_path: Pat
 def test_trivial_predictions_stand_beside_the_models(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from fmdeploy.evaluate.evaluation import Evaluation
     from fmdeploy.evaluate.metrics import OccupancyIoU
     from fmdeploy.task import Arrays
     from fmdeploy.tasks.bev_occupancy import BevOccupancy
@@ -172,6 +173,9 @@ def test_trivial_predictions_stand_beside_the_models(
     row = text[text.index('<th scope="row">copy lidar</th>') :].split("</tr>")[0]
     assert f">{value:.3f}<" in row
     assert "Read every number against the trivial predictions" in text
+    student = Evaluation.load(parts["student"], "evaluation").value(metric)
+    word = "beats" if student > value + 0.1 else "is not shown to beat"
+    assert f"The student {word} the best trivial prediction, copy lidar" in text
 
 
 def test_bundle_and_check_alone_still_compare_with_the_teacher(parts: Parts, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.manifest import Kind
 from fmdeploy.models.saved import load_model
-from fmdeploy.task import load_task
+from fmdeploy.task import Arrays, load_task
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.features import CacheReader, map_safetensors
 from fmdeploy.teacher.train import train
@@ -34,9 +34,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _open(home: Path, features: Artifact | None = None, teacher: Artifact | None = None, **changes: str) -> CacheReader:
+def _open(
+    home: Path, features: Artifact | None = None, teacher: Artifact | None = None, changes: dict[str, str] | None = None
+) -> CacheReader:
     data = open_dataset(home / "data")
-    wanted = {"data": data.digest, "split": "train", "preprocessing": TASK.io.digest} | changes
+    wanted = {"data": data.digest, "split": "train", "preprocessing": TASK.io.digest} | (changes or {})
     return CacheReader.open(
         features or open_artifact(home / "features", Kind.FEATURES), samples=TASK.samples(data, "train"),
         teacher=teacher or open_artifact(home / "teacher", Kind.TEACHER), **wanted,
@@ -61,7 +63,7 @@ def test_a_cache_of_another_teacher_data_split_or_preprocessing_is_refused(home:
         _open(home, teacher=other)
     for key in ("data", "split", "preprocessing"):
         with pytest.raises(ArtifactError, match=f"made from another {key}"):
-            _open(home, **{key: "0" * 64})
+            _open(home, changes={key: "0" * 64})
 
 
 def test_a_teacher_is_no_cache(home: Path) -> None:
@@ -96,7 +98,7 @@ def test_an_unknown_layer_is_refused(home: Path, tmp_path: Path) -> None:
 
 
 def test_maps_read_what_safetensors_wrote(tmp_path: Path) -> None:
-    arrays = {"a": np.arange(24, dtype=np.float16).reshape(2, 3, 4), "b": np.float32([[1.5], [2.5]])}
+    arrays: Arrays = {"a": np.arange(24, dtype=np.float16).reshape(2, 3, 4), "b": np.array([[1.5], [2.5]], np.float32)}
     save_file(arrays, tmp_path / "x.safetensors")
     mapped, loaded = map_safetensors(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors")
     assert all(np.array_equal(mapped[name], loaded[name]) for name in arrays)

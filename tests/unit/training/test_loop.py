@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -111,6 +112,16 @@ def test_nan_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert found is not None
     assert found.name == "checkpoint-00000040.safetensors"
     assert _log(tmp_path)[43]["loss"] is None
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_a_checkpoint(tmp_path: Path) -> None:
+    def losses(model: nn.Module, batch: Tensors) -> dict[str, Tensor]:
+        return {"root": (model(batch["inputs"]["x"]) * 0).abs().sqrt().mean()}
+
+    job = dataclasses.replace(_job(tmp_path), losses=losses)
+    with pytest.raises(DivergedError, match="gradient is not finite at step 0"):
+        fit(job, _config(checkpoint_every=1))
+    assert latest_checkpoint(tmp_path / "work") is None
 
 
 def test_only_two_checkpoints_are_kept_and_none_is_partial(tmp_path: Path) -> None:

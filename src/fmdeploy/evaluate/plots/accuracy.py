@@ -66,7 +66,7 @@ def plot_slices(metric: str, names: Sequence[str], curves: Sequence[Curve]) -> P
         _between_axes(axes, names)
         axes.set_yticks(rows, names, color=INK)
         axes.set_ylim(-0.7, len(names) - 0.3)
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-0.015 * axes.get_xlim()[1])  # a marker at zero is seen whole
         axes.set_xlabel(metric)
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper left", ncols=4)

@@ -73,6 +73,7 @@ LOOKS = {
     "int8": Look("#010113", "D", "--"),
     "scratch": Look("#010114", "^", "-"),
     "baseline": Look("#010115", "x", ":"),
+    "baseline-2": Look("#010115", "+", "--"),
     "other": Look("#010116", "v", "-."),
 }
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fmdeploy.evaluate.plots.figure import LOOKS, MUTED, Picture, canvas, to_svg
 
 NUM_BINS = 60
+HEADROOM = 1.3  # for the labels above the bars
 
 
 def plot_latency(tiers: Mapping[str, npt.NDArray[np.float64]], looks: Mapping[str, str]) -> Picture:
@@ -43,7 +44,8 @@ def _draw(panel: Any, tier: str, times_ms: npt.NDArray[np.float64], edges: Any, 
     panel.set_title(f"{tier}  ({len(times_ms)} runs)")
     panel.set_yticks([])
     panel.spines["left"].set_visible(False)
-    top = panel.get_ylim()[1]
+    top = panel.get_ylim()[1] * HEADROOM
+    panel.set_ylim(0, top)
     for quantile, label in ((0.5, "p50"), (0.99, "p99")):
         place = float(np.quantile(times_ms, quantile))
         panel.axvline(place, color=MUTED, linewidth=1.0, linestyle="--")

@@ -16,20 +16,27 @@ from fmdeploy.evaluate.metrics import Array
 from fmdeploy.evaluate.plots.accuracy import Curve, plot_channels, plot_slices
 from fmdeploy.evaluate.plots.calibration import Bins, plot_reliability
 from fmdeploy.evaluate.plots.figure import Picture
-from fmdeploy.evaluate.report.sources import Model, Sources, require_evaluation
+from fmdeploy.evaluate.report.sources import BASELINE, Model, Sources, require_evaluation
 from fmdeploy.task import Metric
 
 COMPARED = ("teacher", "student", "int8", "scratch", "other")
+# What is compared: reference, candidate, and whether the loss is relative to the reference.
+CLAIMS = {
+    "retention": ("teacher", "student", True),
+    "int8": ("student", "int8", True),
+    "distillation": ("scratch", "student", False),
+    "trivial": (BASELINE, "student", False),
+}
 NO_EVALUATIONS = "none of the given artifacts carries an evaluation"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a candidate stands against a reference; positive means it lost."""
+    """How a candidate stands against a reference; positive means it lost. `kind` is one of the keys of CLAIMS."""
 
-    title: str
+    kind: str
     interval: Interval
-    relative: bool
+    reference: str
 
 
 @dataclass
@@ -71,19 +78,22 @@ def comparisons(sources: Sources) -> list[Comparison]:
     metric = primary(sources)
     if metric is None:
         return []
-    wanted = (
-        ("student against teacher", "teacher", "student", True),
-        ("INT8 against student", "student", "int8", True),
-        ("student against the same student from labels only", "scratch", "student", False),
-    )
     found = []
-    for title, first, second, relative in wanted:
-        reference, candidate = sources.model(first), sources.model(second)
+    for kind, (first, second, relative) in CLAIMS.items():
+        reference = best_baseline(sources, metric) if first == BASELINE else sources.model(first)
+        candidate = sources.model(second)
         if reference is None or candidate is None or reference.evaluation is None or candidate.evaluation is None:
             continue
         interval = drop(reference.evaluation, candidate.evaluation, metric, relative=relative)
-        found.append(Comparison(title, interval, relative))
+        found.append(Comparison(kind, interval, reference.name))
     return found
+
+
+def best_baseline(sources: Sources, metric: Metric) -> Model | None:
+    """The trivial prediction that is hardest to beat."""
+    sign = 1.0 if metric.higher_is_better else -1.0
+    known = [m for m in judged(sources) if m.look.startswith(BASELINE)]
+    return max(known, key=lambda m: sign * require_evaluation(m).value(metric), default=None)
 
 
 def channels_section(sources: Sources) -> Picture | str | None:

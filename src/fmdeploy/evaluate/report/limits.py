@@ -8,8 +8,8 @@ import numpy as np
 
 from fmdeploy.evaluate.gates import Result
 from fmdeploy.evaluate.report.accuracy import Comparison, comparisons, judged, primary
-from fmdeploy.evaluate.report.sources import Sources, labels_of, require_evaluation
-from fmdeploy.evaluate.report.words import count, estimate_text, percent, span
+from fmdeploy.evaluate.report.sources import BASELINE, Sources, labels_of, require_evaluation
+from fmdeploy.evaluate.report.words import count, estimate_text, percent, signed, span
 
 
 def proofs(sources: Sources) -> list[str]:
@@ -26,15 +26,25 @@ def proofs(sources: Sources) -> list[str]:
 
 def _claim(comparison: Comparison, metric: str) -> str:
     interval = comparison.interval
-    if comparison.title.startswith("student against teacher"):
+    if comparison.kind == "retention":
         kept = f"{percent(1 - interval.value, 1)} {span(1 - interval.high, 1 - interval.low)}"
         return f"The student keeps {kept} of the teacher's {metric}."
-    if comparison.title.startswith("INT8"):
+    if comparison.kind == "int8":
         return f"INT8 loses {estimate_text(interval, relative=True)} of the student's {metric}."
-    gain = f"{-interval.value:+.4f} [{-interval.high:+.4f}, {-interval.low:+.4f}]"
+    gain = f"{signed(-interval.value)} [{signed(-interval.high)}, {signed(-interval.low)}] {metric}"
+    if comparison.kind == "trivial":
+        beats = "beats" if interval.measured and interval.high < 0 else "is not shown to beat"
+        return f"The student {beats} the best trivial prediction, {comparison.reference}: {gain}."
+    return _on_distillation(comparison, f"{gain} against the same student trained on its labels alone")
+
+
+def _on_distillation(comparison: Comparison, gain: str) -> str:
+    interval = comparison.interval
     if interval.measured and interval.high < 0:
-        return f"Distillation helps: {gain} {metric} over the same student trained on its labels alone."
-    return f"Distillation is not shown to help: {gain} {metric}, and that interval does not exclude zero."
+        return f"Distillation helps: {gain}."
+    if interval.measured and interval.low > 0:
+        return f"Distillation does harm here: {gain}."
+    return f"Distillation is not shown to help: {gain}; the interval does not exclude zero."
 
 
 def limits(sources: Sources) -> list[str]:
@@ -53,7 +63,7 @@ def _about_samples(sources: Sources) -> Iterator[str]:
             "intervals (95 %, paired bootstrap over recordings) say how much the choice of test scenes matters. They "
             "do not cover the luck of training: each network here was trained once, with one seed."
         )
-        if any(m.look == "baseline" for m in models):
+        if any(m.look.startswith(BASELINE) for m in models):
             yield ("Read every number against the trivial predictions beside it: a low value may still be far above "
                    "them, and a high one not.")
     else:

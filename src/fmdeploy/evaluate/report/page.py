@@ -140,13 +140,13 @@ def tiles(sources: Sources) -> list[Tile]:
     found = []
     for comparison in comparisons(sources):
         i = comparison.interval
-        if comparison.title.startswith("student against teacher"):
+        if comparison.kind == "retention":
             found.append(Tile("kept of the teacher", words.percent(1 - i.value, 1), words.span(1 - i.high, 1 - i.low)))
-        elif comparison.title.startswith("INT8"):
+        elif comparison.kind == "int8":
             found.append(Tile("lost by INT8", words.percent(i.value), words.span(i.low, i.high)))
-        else:
-            gain = f"{-i.value:+.3f}".replace("-", words.MINUS)
-            found.append(Tile("gained by distilling", gain, f"[{-i.high:+.3f}, {-i.low:+.3f}]"))
+        elif comparison.kind == "distillation":
+            detail = f"[{words.signed(-i.high, 3)}, {words.signed(-i.low, 3)}]"
+            found.append(Tile("gained by distilling", words.signed(-i.value, 3), detail))
     return [*found, *_size_tile(sources), *_speed_tile(sources)]
 
 

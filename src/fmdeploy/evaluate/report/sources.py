@@ -17,6 +17,7 @@ from fmdeploy.manifest import Kind, Parent
 from fmdeploy.task import Arrays, Samples, Task, load_task
 
 CURVE = "curve.json"
+BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,9 @@ def _baselines(task: Task, data: Dataset, models: Sequence[Model]) -> Iterator[M
     digest, _, split = identity.rpartition(":")
     if digest != data.digest:
         return
-    for name, evaluation in evaluate_baselines(task, task.samples(data, split), data=identity).items():
-        yield Model(name, "baseline", None, evaluation)
+    found = evaluate_baselines(task, task.samples(data, split), data=identity)
+    for number, (name, evaluation) in enumerate(found.items()):
+        yield Model(name, BASELINE if number % 2 == 0 else f"{BASELINE}-2", None, evaluation)
 
 
 def _comparable(models: Sequence[Model]) -> tuple[list[Model], tuple[str, ...]]:

@@ -17,6 +17,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
+def signed(value: float, digits: int = 4) -> str:
+    """A plain number that always shows its sign."""
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
 def percent(value: float | None, digits: int = 2) -> str:
     """A fraction as a percentage."""
     if value is None or not math.isfinite(value):
