@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from fmdeploy.data.format import write_arrays
+from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.distill.distill import distill
 from fmdeploy.evaluate.report import report
 from fmdeploy.export.bundle import export

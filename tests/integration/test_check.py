@@ -221,7 +221,7 @@ def test_run_writes_predictions_and_records(bundle: Path, data: Path, tmp_path: 
 
 
 def test_run_stops_at_a_bad_frame_and_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
-    from fmdeploy.data.format import write_arrays
+    from fmdeploy.data.from_arrays import write_arrays
 
     opened = ToyTask().samples(open_dataset(make_dataset(tmp_path / "good").root), "test")
     inputs, targets = opened.batch(np.arange(20))
@@ -244,7 +244,7 @@ def test_run_stops_at_a_bad_frame_and_leaves_nothing(bundle: Path, tmp_path: Pat
 
 def test_nan_metric_is_not_measured(data: Path, tmp_path: Path) -> None:
     """Labels without a single vehicle and a model that sees none: 0/0."""
-    from fmdeploy.data.format import write_arrays
+    from fmdeploy.data.from_arrays import write_arrays
 
     samples = ToyTask().samples(open_dataset(data), "test")
     inputs, targets = samples.batch(np.arange(len(samples)))

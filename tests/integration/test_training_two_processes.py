@@ -1,8 +1,8 @@
 """`torchrun --nproc-per-node 2` on CPU (gloo) computes what one process computes at the same global batch.
 
 Tolerance: sums over a batch are added in another order, and AdamW divides by a root of tiny squares, which magnifies
-the difference. In fp32 after 12 steps, losses agree to 1e-4, and the weights of a tensor to 1 % (root mean square, a
-single one to 10 %) of the way AdamW can move a weight in these steps (the sum of the learning rates).
+the difference. In fp32 after 12 steps, losses agree to 1e-4, the first gradient to 1e-4, and each tensor (root mean
+square) to 1e-3 of itself plus 2 % of the way AdamW can move a weight in these steps (the sum of the learning rates).
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def _log(artifact: Artifact) -> list[dict[str, float]]:
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_two_processes_train_the_same_network(home: Path, kind: str) -> None:
     one, two = open_artifact(home / "one" / kind), open_artifact(home / "two" / kind)
+    assert _log(one)[0]["grad_norm"] == pytest.approx(_log(two)[0]["grad_norm"], rel=1e-4)
     for ours, theirs in zip(_log(one), _log(two), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), ours["step"]
     way = sum(record["lr"] for record in _log(one))
@@ -77,10 +78,10 @@ def test_two_processes_train_the_same_network(home: Path, kind: str) -> None:
     assert set(weights) == set(others)
     for name, value in weights.items():
         difference = (value - others[name]).astype(np.float64)
-        print(name, np.sqrt(np.square(difference).mean())/way, np.abs(difference).max()/way)
-        assert np.abs(difference).max() <= 0.1 * way, name
+        size = np.sqrt(np.square(value.astype(np.float64)).mean())
+        assert np.sqrt(np.square(difference).mean()) <= 0.02 * way + 1e-3 * size, name
     assert one.json("metrics.json")["test"]["soft_iou"] == pytest.approx(
-        two.json("metrics.json")["test"]["soft_iou"], rel=1e-3
+        two.json("metrics.json")["test"]["soft_iou"], rel=1e-2
     )
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import StageConfig
-from fmdeploy.data.format import DatasetWriter, open_dataset
+from fmdeploy.data.format import open_dataset
 from fmdeploy.data.highway import SCENARIOS
+from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
 from fmdeploy.evaluate.evaluation import evaluate
 from fmdeploy.evaluate.examples import save_examples

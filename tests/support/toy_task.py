@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmdeploy.artifact import Artifact
-from fmdeploy.data.format import write_arrays
+from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.evaluate.metrics import ECE, Accuracy, OccupancyIoU
 from fmdeploy.iospec import IOSpec
 from fmdeploy.task import Metric, Task

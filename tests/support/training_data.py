@@ -9,7 +9,7 @@ import numpy as np
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import StageConfig
-from fmdeploy.data.format import DatasetWriter
+from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
 from fmdeploy.manifest import Kind
 from fmdeploy.tasks.bev_occupancy_samples import SCENES

@@ -19,12 +19,13 @@ from fmdeploy.artifact import Artifact
 from fmdeploy.command import command
 from fmdeploy.config import OutputPath, RunOnly, StageConfig
 from fmdeploy.data import highway
-from fmdeploy.data.format import SPLITS, DatasetWriter
+from fmdeploy.data.format import SPLITS
 from fmdeploy.data.highway import SCENARIOS, Scenario
 from fmdeploy.data.sensors import RIG
 from fmdeploy.data.weather import WEATHERS, Weather
 from fmdeploy.data.worker import Job, done_path, sequence_path
 from fmdeploy.data.workers import run_jobs, usable_cores
+from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.manifest import Kind

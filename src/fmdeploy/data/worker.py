@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from fmdeploy.arrays import Arrays
-from fmdeploy.data.format import npz_bytes
 from fmdeploy.data.highway import Scenario
 from fmdeploy.data.labels import rare_cases
 from fmdeploy.data.scenes import simulate
 from fmdeploy.data.sensors import observe
 from fmdeploy.data.weather import Weather
+from fmdeploy.data.writer import npz_bytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import pytest
 from fmdeploy.artifact import Artifact
 from fmdeploy.command import Outcome
 from fmdeploy.data.audit import audit
-from fmdeploy.data.format import Dataset, SequenceInfo, open_dataset, write_arrays
+from fmdeploy.data.format import Dataset, SequenceInfo, open_dataset
+from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.data.phash import CLIP_THRESHOLD, near_pairs, phash, signatures
 from fmdeploy.data.record import record
 from fmdeploy.errors import ArtifactError, DataError, LeakageError

@@ -125,7 +125,8 @@ def test_groups_are_simulations_and_slices_name_the_weather(recording: Dataset) 
 def test_samples_of_another_kind_of_dataset_are_refused(recording: Dataset, tmp_path: object) -> None:
     from pathlib import Path
 
-    from fmdeploy.data.format import open_dataset, write_arrays
+    from fmdeploy.data.format import open_dataset
+    from fmdeploy.data.from_arrays import write_arrays
 
     out = Path(str(tmp_path)) / "digits"
     write_arrays(out, {"image": np.zeros((6, 8, 8), np.float32)}, {"train": np.arange(6)})

@@ -41,7 +41,7 @@ def test_the_recipe_names_every_size_so_a_new_default_orphans_nothing(tmp_path: 
     bev = load_task("bev-occupancy")
     for built in (bev.teacher({}), bev.student("cnn", {}), bev.student("vit", {})):
         name, options = built.rebuild  # type: ignore[misc]
-        again = bev.student(name, options) if name else bev.teacher(options)  # type: ignore[arg-type]
+        again = bev.student(name, options) if name else bev.teacher(options)
         shapes = {key: value.shape for key, value in again.state_dict().items()}
         assert shapes == {key: value.shape for key, value in built.state_dict().items()}
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmdeploy.data.format import Dataset, open_dataset, write_arrays
+from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.errors import ArtifactError, DataError
 from fmdeploy.quantize import calibrate as module
 from fmdeploy.quantize.build import build

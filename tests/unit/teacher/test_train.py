@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fmdeploy.artifact import open_artifact
-from fmdeploy.data.format import open_dataset, write_arrays
+from fmdeploy.data.format import open_dataset
+from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.models.saved import load_model
