@@ -72,6 +72,7 @@ class Task(ABC):
     name: str
     teacher_layer: str = ""
     student_layer: str = ""
+    panel_legend: str = ""
 
     @property
     @abstractmethod

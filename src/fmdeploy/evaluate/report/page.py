@@ -120,7 +120,7 @@ def build_page(sources: Sources, title: str) -> Page:
         latency=latency,
         tiers=tiers,
         examples=panels_section(sources),
-        legend=str(getattr(sources.task, "panel_legend", "")),
+        legend=sources.task.panel_legend if sources.task else "",
         lineage=lineage_rows(sources),
         splits=split_rows(sources),
         sizes=size_rows(sources),
