@@ -20,8 +20,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py
 demo: setup
 	$(BIN)/fmdeploy demo --out $(OUT)
 
+# Two test processes of one thread each: two thread pools on two cores are many times slower than either.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import pytest
 
 from fmdeploy.artifact import open_artifact
 from fmdeploy.errors import ArtifactError
-from support.processes import FMDEPLOY, user_environment
+from support.processes import FMDEPLOY
 
 START_S = 6.0  # what importing takes before a stage begins
 STAGES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
@@ -43,8 +43,7 @@ def command_line(stage: str, pipeline: Path, work: Path) -> list[str]:
 
 def run_for(argv: list[str], seconds: float | None) -> int:
     """Run in a process group of its own, kill all of it after `seconds`; -9 when it was killed."""
-    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                             env=user_environment())
+    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
         _, err = child.communicate(timeout=seconds)
         assert child.returncode == 0, err.decode()

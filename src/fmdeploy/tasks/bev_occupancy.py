@@ -46,7 +46,7 @@ class BevOccupancy(Task):
     student_layer = "trunk"
     panel_legend = (
         "64 m around the ego (blue), driving up. Vehicles now red, in 0.4 s orange, in 0.8 s yellow, in 1.6 s green, "
-        "fading with the probability; road grey. Inputs: lidar hits red on the space it saw free, camera vehicles orange."
+        "fading with the probability; road grey. Inputs: lidar hits red on free space, camera vehicles orange."
     )
 
     @property

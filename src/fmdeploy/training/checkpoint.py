@@ -46,11 +46,16 @@ class TrainingState:
         for name, parameter in self.model.named_parameters():
             values = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
             if values:
-                self.optimizer.state[parameter] = values
+                self.optimizer.state[parameter] = {key: _laid_out(value, parameter) for key, value in values.items()}
         if self.average is not None:
             self.average.values = _below("average.", tensors)
         if self.scaler is not None and scaler:
             self.scaler.load_state_dict(scaler)
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value` in the memory layout of `parameter`: the fused optimiser walks both as they lie in memory."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class TrainingConfig(StageConfig):
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights; 0 keeps the last ones")
     mirror: bool = Field(default=True, description="mirror half of the samples, where the task has a mirror image")
     precision: Precision = Field(default="auto", description="arithmetic; auto: what this device is fast at")
+    channels_last: bool = Field(default=False, description="lay kernels out channels-last, which some devices prefer")
     seed: int = Field(default=0, ge=0, description="of initial weights, order of samples and augmentation")
     checkpoint_every: Annotated[int, RunOnly()] = Field(default=100, ge=1, description="steps between checkpoints")
 

@@ -108,6 +108,8 @@ class Run:
         self.job, self.config = job, config
         self.accelerator = make_accelerator(config.precision)
         self.model = share_batch_norm(job.model).to(self.accelerator.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(self.model, config)
         average = WeightAverage(self.model, config.ema) if config.ema else None
         self.state = TrainingState(self.model, optimizer, average, self.accelerator.scaler)
