@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 # TensorRT-RTX has wheels for x86-64 only.
-EXTRAS := dev$(if $(filter x86_64,$(shell uname -m)),$(comma)trt-rtx)
-comma := ,
+ifeq ($(shell uname -m),x86_64)
+EXTRAS := dev,trt-rtx
+else
+EXTRAS := dev
+endif
 
 .PHONY: setup demo test lint bench clean
 
@@ -13,7 +16,6 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
@@ -29,8 +31,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+# Ratios on this machine, from the artifacts of the demo.
+bench: demo
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --demo $(OUT) || exit 1; done
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -73,8 +73,7 @@ def build_command(name: str, verb: Verb) -> click.Command:
     """The click command of one stage, its flags generated from its configuration."""
     from fmdeploy.command import Command, argument_lines, click_options
 
-    module, _, attribute = verb.target.partition(":")
-    stage: Command[Any, Any] = getattr(importlib.import_module(module), attribute)
+    stage: Command[Any, Any] = load_stage(verb.target)
     common: list[click.Parameter] = [
         click.Option(["--config", "config_file"], type=click.STRING, help="TOML file with the same keys; flags win."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one machine-readable result on stdout."),
@@ -88,6 +87,20 @@ def build_command(name: str, verb: Verb) -> click.Command:
                          callback=callback)
 
 
+def load_stage(target: str) -> Any:
+    """Import a stage; a package that is not installed is the user's to install, not a bug."""
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        from fmdeploy.optional import EXTRA_OF, require
+
+        root = (error.name or "").partition(".")[0]
+        if root in EXTRA_OF:
+            require(root)
+        raise
+
+
 def run_stage(stage: Any, config_file: Path | None, as_json: bool, flags: dict[str, Any]) -> None:
     """Run one stage, print its outcome and exit with its code."""
     from fmdeploy.command import outcome_of
@@ -97,8 +110,16 @@ def run_stage(stage: Any, config_file: Path | None, as_json: bool, flags: dict[s
     config = load_config(stage.config, given, file=config_file)
     outcome = outcome_of(stage.run(config))
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(outcome.data, sort_keys=True) if as_json else "\n".join(outcome.lines), flush=True)
+        show(json.dumps(outcome.data, sort_keys=True) if as_json else "\n".join(outcome.lines))
     sys.exit(outcome.exit_code)
+
+
+def show(text: str) -> None:
+    """Print the result. A reader that went away (`fmdeploy … | head -1`) does not change the exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.command(cls=LazyGroup, verbs=VERBS, context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,17 +144,16 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         print("fmdeploy: interrupted; no artifact was left half-written", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         sys.exit(report_error(error))
 
 
 def report_error(error: Exception) -> int:
     """Print one line for a user's error, a traceback for a bug; return the exit code."""
-    from fmdeploy.errors import FmdeployError
+    from fmdeploy.errors import FmdeployError, InputError
 
+    if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
+        error = InputError(f"{error.strerror}".lower(), where=error.filename, fix="Check the path and its permissions")
     if isinstance(error, FmdeployError) and error.exit_code != 4:
         print(f"fmdeploy: {error}", file=sys.stderr)
         return error.exit_code

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from fmdeploy.artifact import Artifact, entry_of, open_artifact, payload_files
 from fmdeploy.config import StageConfig
 from fmdeploy.environment import describe_environment
 from fmdeploy.errors import ArtifactError, NoSpaceError
-from fmdeploy.manifest import MANIFEST_NAME, SCHEMA_VERSION, Kind, Manifest, Parent, read_manifest, request_key
+from fmdeploy.manifest import MANIFEST_NAME, SCHEMA_VERSION, Kind, Manifest, read_manifest, request_key
 from fmdeploy.progress import say
 
 KEY_NAME = ".key"
 WORK_NAME = "work"
-FOLLOWER_WAIT_S = 120.0
 
 
 class Draft:
@@ -82,12 +82,15 @@ def produce(
         config: Its configuration; `config.resolved()` goes into the manifest.
         inputs: Role → opened parent.
         build: Fills the draft. Under `torchrun` every rank calls it; only `draft.is_main` writes common files.
-        resumable: Keep the scratch folder when the stage is interrupted.
+        resumable: Keep the scratch folder when the stage is interrupted after it has written something.
 
     Raises:
         ArtifactError: something else is at `out`, or another process is writing it now.
-        NoSpaceError: the disk is full; nothing that opens was left.
+        NoSpaceError: the disk is full; nothing that opens was left, checkpoints of a resumable stage are kept.
     """
+    out = Path(os.path.abspath(out))
+    if out == Path.cwd():
+        raise ArtifactError("is the current folder, which cannot be replaced", where=out, fix="Name a new --out")
     parents = {role: artifact.parent() for role, artifact in sorted(inputs.items())}
     resolved = config.resolved()
     key = request_key(kind, stage, resolved, parents)
@@ -118,39 +121,74 @@ def _finished(out: Path, kind: Kind, key: str) -> Artifact | None:
 def _lead(
     out: Path, blank: Manifest, key: str, build: Callable[[Draft], None], resumable: bool
 ) -> Artifact:
-    scratch = _scratch(out)
     started = time.monotonic()
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        lock = os.open(scratch, os.O_RDONLY)
+    scratch = _scratch(out)
+    with _locked(scratch, out):
+        if (done := _finished(out, blank.kind, key)) is not None:  # another process wrote it since we looked
+            shutil.rmtree(scratch, ignore_errors=True)
+            return done
+        _adopt(scratch, key, resumable)
+        draft = Draft(scratch)
         try:
-            _lock(lock, out)
-            _adopt(scratch, key, resumable)
-            draft = Draft(scratch)
             build(draft)
             _seal(draft, blank, out, round(time.monotonic() - started, 3))
-        finally:
-            os.close(lock)
-    except BaseException as error:
-        if _is_no_space(error):
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise NoSpaceError("the disk is full; nothing was left behind", where=out.parent,
-                               fix="Free some space and run the same command again") from error
-        if not resumable and not isinstance(error, ArtifactError):
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        except BaseException as error:
+            _abandon(scratch, out, error, resumable)
+            raise
     return Artifact(out, read_manifest(out))
+
+
+def _abandon(scratch: Path, out: Path, error: BaseException, resumable: bool) -> None:
+    """Remove the scratch folder, unless it holds work that a second run can go on from.
+
+    Raises:
+        NoSpaceError: in place of whatever a full disk made of it.
+    """
+    if not (resumable and payload_files(scratch) - {KEY_NAME}):
+        shutil.rmtree(scratch, ignore_errors=True)
+    if _is_no_space(error):
+        raise NoSpaceError("the disk is full; nothing that opens was left behind", where=out.parent,
+                           fix="Free some space and run the same command again") from error
 
 
 def _scratch(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def _lock(handle: int, out: Path) -> None:
+@contextmanager
+def _locked(scratch: Path, out: Path) -> Iterator[None]:
+    """Hold the scratch folder's lock."""
+    while (handle := _lock(scratch, out)) is None:
+        continue
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(scratch: Path, out: Path) -> int | None:
+    """Lock the scratch folder; None when it was renamed or removed meanwhile and the lock is on something else."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
+        os.close(handle)
         raise ArtifactError("is being written by another process", where=out, fix="Wait for it to end") from error
+    if _is_same_folder(handle, scratch):
+        return handle
+    os.close(handle)
+    return None
+
+
+def _is_same_folder(handle: int, scratch: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(scratch))
+    except FileNotFoundError:
+        return False
 
 
 def _adopt(scratch: Path, key: str, resumable: bool) -> None:
@@ -165,24 +203,32 @@ def _adopt(scratch: Path, key: str, resumable: bool) -> None:
 
 
 def _seal(draft: Draft, blank: Manifest, out: Path, seconds: float) -> None:
-    shutil.rmtree(draft.root / WORK_NAME, ignore_errors=True)
-    for name in payload_files(draft.root):
-        if Path(name).name.startswith("."):
-            (draft.root / name).unlink()
-    names = sorted(payload_files(draft.root))
+    names = sorted(name for name in payload_files(draft.root) if not _is_dropped(name))
     files = {name: entry_of(draft.root / name) for name in names}
     environment = {**describe_environment(), "seconds": seconds, **draft.notes}
     manifest = blank.model_copy(update={"files": files, "environment": environment})
-    (draft.root / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-    for name in [*names, MANIFEST_NAME]:
+    for name in names:
         os.chmod(draft.root / name, 0o644)  # safetensors makes its files private; a container has another user
         _fsync(draft.root / name)
+    _drop_work(draft.root)  # only now: a kill before this line costs nothing but the hashing
+    (draft.root / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    _fsync(draft.root / MANIFEST_NAME)
     for top, _, _ in os.walk(draft.root):
         _fsync(Path(top))
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
     os.rename(draft.root, out)
     _fsync(out.parent)
+
+
+def _is_dropped(name: str) -> bool:
+    return name.startswith(f"{WORK_NAME}/") or Path(name).name.startswith(".")
+
+
+def _drop_work(root: Path) -> None:
+    shutil.rmtree(root / WORK_NAME, ignore_errors=True)
+    for name in filter(_is_dropped, payload_files(root)):
+        (root / name).unlink()
 
 
 def _fsync(path: Path) -> None:
@@ -196,13 +242,10 @@ def _fsync(path: Path) -> None:
 def _follow(out: Path, kind: Kind, key: str, build: Callable[[Draft], None]) -> Artifact:
     """Ranks above 0 compute with the others and write only what `build` gives them to write."""
     build(Draft(_scratch(out), is_main=False))
-    deadline = time.monotonic() + FOLLOWER_WAIT_S
-    while time.monotonic() < deadline:
-        if (out / MANIFEST_NAME).is_file():
-            found = _finished(out, kind, key)
-            assert found is not None
-            return found
-        time.sleep(0.05)
+    while _scratch(out).exists():  # the main process evaluates, hashes and renames
+        time.sleep(0.1)
+    if (found := _finished(out, kind, key)) is not None:
+        return found
     raise ArtifactError("the main process did not finish the artifact", where=out)
 
 
@@ -215,6 +258,3 @@ def _is_no_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-__all__ = ["Draft", "Parent", "produce"]

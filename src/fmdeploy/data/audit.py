@@ -14,9 +14,11 @@ from pydantic import Field
 from fmdeploy.artifact import open_artifact
 from fmdeploy.command import Outcome, command
 from fmdeploy.config import InputPath, StageConfig
-from fmdeploy.data.format import SPLITS, Dataset, SequenceInfo
-from fmdeploy.data.leakage import Leak, leaks_of_content, leaks_of_keys, leaks_of_neighbours
+from fmdeploy.data.format import SPLITS, Dataset
+from fmdeploy.data.leakage import Leak, leaks_of_keys, leaks_of_neighbours
+from fmdeploy.data.lookalikes import leaks_of_content
 from fmdeploy.data.phash import signatures
+from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import DataError
 from fmdeploy.manifest import MANIFEST_NAME, Kind
 

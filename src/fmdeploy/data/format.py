@@ -18,32 +18,18 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fmdeploy.arrays import Arrays
 from fmdeploy.artifact import Artifact, open_artifact
+from fmdeploy.data.leakage import refuse_leaks
+from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import DataError
 from fmdeploy.manifest import Kind
 
 SPLITS = ("train", "val", "test")
 MAX_MEMBER_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class SequenceInfo:
-    """One continuous recording."""
-
-    id: str
-    shard: str
-    frames: int
-    metadata: Mapping[str, Any]
-
-    @property
-    def group(self) -> str:
-        """Sequences of one group are not independent; they stay in one split."""
-        return str(self.metadata.get("simulation", self.id))
 
 
 @dataclass
@@ -98,11 +84,13 @@ def open_dataset(root: Path | str) -> Dataset:
     Raises:
         ArtifactError: it is not a DATASET or was altered.
         DataError: a sequence stands in two splits, or a split names an unknown one.
+        LeakageError: sequences of one seed, simulation or recording stand in two splits.
     """
     artifact = open_artifact(root, Kind.DATASET)
     sequences = tuple(SequenceInfo(**record) for record in artifact.json("index.json"))
     splits = {name: tuple(ids) for name, ids in artifact.json("splits.json").items()}
     check_splits(splits, [s.id for s in sequences], artifact.root)
+    refuse_leaks(sequences, splits, artifact.root)
     return Dataset(artifact, sequences, splits)
 
 

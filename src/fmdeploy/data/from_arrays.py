@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fmdeploy.arrays import Array
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import OutputPath, StageConfig
-from fmdeploy.data.writer import DatasetWriter, npz_bytes
+from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
+from fmdeploy.errors import LeakageError
 from fmdeploy.manifest import Kind
 
 
@@ -28,10 +30,10 @@ class WriteArraysConfig(StageConfig):
 
 def write_arrays(
     out: Path | str,
-    arrays: Mapping[str, np.ndarray[Any, Any]],
-    splits: Mapping[str, np.ndarray[Any, Any]],
+    arrays: Mapping[str, Array],
+    splits: Mapping[str, Array],
     *,
-    groups: np.ndarray[Any, Any] | None = None,
+    groups: Array | None = None,
     name: str = "arrays",
 ) -> Artifact:
     """Bring your own data: a DATASET from plain arrays with a leading sample axis.
@@ -42,12 +44,14 @@ def write_arrays(
         splits: Split name → sample numbers (disjoint).
         groups: (N,) samples with equal values belong together (one drive, one person); default: each alone.
         name: A label for the manifest.
+
+    Raises:
+        LeakageError: a group stands in two splits.
     """
     count = len(next(iter(arrays.values())))
-    group = np.arange(count) if groups is None else groups
-    content = hashlib.sha256(npz_bytes({**arrays, "fmdeploy_group": group,
-                                        **{f"fmdeploy_split_{k}": v for k, v in splits.items()}})).hexdigest()
-    config = WriteArraysConfig(out=Path(out), name=name, content=content)
+    group = np.arange(count) if groups is None else np.asarray(groups)
+    _refuse_torn_groups(group, splits, out)
+    config = WriteArraysConfig(out=Path(out), name=name, content=_digest({**arrays, "": group, **splits}))
 
     def build(draft: Draft) -> None:
         writer = DatasetWriter(draft, per_shard=1024)
@@ -61,3 +65,20 @@ def write_arrays(
         writer.close(named)
 
     return produce(Path(out), Kind.DATASET, stage="data arrays", config=config, inputs={}, build=build)
+
+
+def _refuse_torn_groups(group: Array, splits: Mapping[str, Array], where: object) -> None:
+    for one, other in combinations(splits, 2):
+        if len(shared := np.intersect1d(group[splits[one]], group[splits[other]])):
+            raise LeakageError(f"the group {shared[0]} is in both {one} and {other}", where=where,
+                               found=f"{len(shared)} such groups", fix="Split by group")
+
+
+def _digest(arrays: Mapping[str, Array]) -> str:
+    """sha256 over names, dtypes, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        plain = np.ascontiguousarray(array)
+        sha.update(f"{name} {plain.dtype.str} {plain.shape}\n".encode())
+        sha.update(plain.tobytes())
+    return sha.hexdigest()

@@ -12,7 +12,8 @@ from pydantic import Field
 from fmdeploy.arrays import Arrays
 from fmdeploy.command import Outcome, command
 from fmdeploy.config import InputPath, StageConfig
-from fmdeploy.data.format import Dataset, SequenceInfo, open_dataset
+from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.sequence import SequenceInfo
 
 RARE = ("rare_near_collision", "rare_cut_in")
 PLANES = ("occupancy", "drivable")

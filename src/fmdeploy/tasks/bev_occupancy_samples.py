@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fmdeploy.data.format import Dataset, SequenceInfo
+from fmdeploy.data.format import Dataset
+from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import DataError
 from fmdeploy.task import Array, Arrays
 

@@ -9,8 +9,9 @@ import pytest
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import OutputPath, StageConfig
-from fmdeploy.data.format import Dataset, SequenceInfo, open_dataset
+from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.record import record
+from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
 from fmdeploy.manifest import Kind

@@ -12,10 +12,11 @@ import pytest
 from fmdeploy.artifact import Artifact
 from fmdeploy.command import Outcome
 from fmdeploy.data.audit import audit
-from fmdeploy.data.format import Dataset, SequenceInfo, open_dataset
+from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.data.phash import CLIP_THRESHOLD, near_pairs, phash, signatures
 from fmdeploy.data.record import record
+from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import ArtifactError, DataError, LeakageError
 from fmdeploy.task import Arrays
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmdeploy import draft as draft_module
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.config import InputPath, OutputPath, StageConfig
 from fmdeploy.draft import Draft, produce
@@ -271,3 +273,51 @@ def test_two_writers_of_one_target_are_told_apart(tmp_path: Path) -> None:
 
     produce(tmp_path / "a", Kind.DATASET, stage="s", config=Config(out=tmp_path), inputs={}, build=inner)
     assert open_artifact(tmp_path / "a").path("x").read_text() == "1"
+
+
+def test_a_writer_that_comes_second_takes_what_the_first_one_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(tmp_path / "a", {"x": b"1"})
+    real, asked = draft_module._finished, []
+
+    def blind_once(*arguments: Any) -> Artifact | None:
+        asked.append(1)
+        return None if len(asked) == 1 else real(*arguments)  # as if the first writer had finished just now
+
+    monkeypatch.setattr(draft_module, "_finished", blind_once)
+    assert make(tmp_path / "a", {"x": b"never written"}).digest == first.digest
+    assert {p.name for p in tmp_path.iterdir()} == {"a"}
+
+
+def test_a_resumable_stage_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
+    def build(draft: Draft) -> None:
+        raise ArtifactError("bad input")
+
+    with pytest.raises(ArtifactError):
+        produce(tmp_path / "a", Kind.DATASET, stage="s", config=Config(out=tmp_path), inputs={}, build=build,
+                resumable=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumable_stage_keeps_its_work_when_the_disk_is_full(tmp_path: Path) -> None:
+    def build(draft: Draft) -> None:
+        draft.write_text("work/checkpoint", "hours")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NoSpaceError):
+        produce(tmp_path / "a", Kind.DATASET, stage="s", config=Config(out=tmp_path), inputs={}, build=build,
+                resumable=True)
+    assert (tmp_path / ".a.partial" / "work" / "checkpoint").read_text() == "hours"
+
+
+def test_the_current_folder_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="current folder"):
+        make(Path(), {"x": b"1"})
+
+
+def test_payload_is_readable_by_other_users(tmp_path: Path) -> None:
+    artifact = produce(tmp_path / "a", Kind.DATASET, stage="s", config=Config(out=tmp_path), inputs={},
+                       build=lambda d: d.write_tensors("x.safetensors", {"a": np.zeros(3)}))
+    assert artifact.path("x.safetensors").stat().st_mode & 0o777 == 0o644

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import click
 import pytest
+import tomllib
 from click.testing import CliRunner
 
 from fmdeploy import cli
@@ -162,3 +163,46 @@ def test_the_error_tree_has_the_documented_exit_codes() -> None:
 
 def test_click_is_not_asked_for_required_flags() -> None:
     assert not any(o.required for o in click_options(Sizes) if isinstance(o, click.Option))
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+from fmdeploy.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("argv", [("distill", "--help"), ("teacher", "train", "--data", "x"), ("export", "--out", "x")])
+def test_without_torch_a_training_stage_says_what_to_install(argv: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKED, *argv], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "pip install 'fmdeploy[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_path_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, "-m", "fmdeploy", "data", "record", "--simulations", "8", "--out",
+                           str(tmp_path / "file" / "out")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "not a directory" in done.stderr
+
+
+def test_a_reader_that_goes_away_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    data = produce(tmp_path / "d", Kind.DATASET, stage="s", config=Sizes(out=tmp_path), inputs={},
+                   build=lambda d: d.write_text("x", "1"))
+    line = f"{sys.executable} -m fmdeploy show {data.root} | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", line], capture_output=True).returncode == 0
+
+
+def test_make_asks_for_extras_that_exist(root: Path) -> None:
+    planned = subprocess.run(["make", "-n", "-W", "setup.py", "setup"], cwd=root, capture_output=True, text=True).stdout
+    extras = planned.partition("'.[")[2].partition("]'")[0].split(",")
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "dev" in extras
+    assert set(extras) <= set(declared)
