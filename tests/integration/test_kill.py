@@ -15,9 +15,9 @@ import pytest
 
 from fmdeploy.artifact import open_artifact
 from fmdeploy.errors import ArtifactError
+from fmdeploy.manifest import Kind
 from support.processes import FMDEPLOY
 
-START_S = 6.0  # what importing takes before a stage begins
 STAGES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "data": (("data", "record"), {}),
     "teacher": (("teacher", "train"), {"data": "data"}),
@@ -41,16 +41,27 @@ def command_line(stage: str, pipeline: Path, work: Path) -> list[str]:
     return [*FMDEPLOY, *verb, "--config", str(work / "config.toml"), *flags, "--out", str(work / "out")]
 
 
-def run_for(argv: list[str], seconds: float | None) -> int:
-    """Run in a process group of its own, kill all of it after `seconds`; -9 when it was killed."""
+def start(argv: list[str], work: Path) -> subprocess.Popen[bytes]:
+    """Start in a process group of its own and wait until the stage itself begins: imports are not what is tested."""
     child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    while child.poll() is None and not (work / ".out.partial" / ".key").exists() and not (work / "out").exists():
+        time.sleep(0.01)
+    return child
+
+
+def kill_after(child: subprocess.Popen[bytes], seconds: float, how: signal.Signals) -> int:
+    """Let it go on for `seconds`, then send `how` to all of it; its exit code, 0 when it was faster."""
     try:
-        _, err = child.communicate(timeout=seconds)
-        assert child.returncode == 0, err.decode()
+        child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        os.killpg(child.pid, how)
         child.communicate()
     return child.returncode
+
+
+def finish(argv: list[str]) -> None:
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -60,26 +71,38 @@ def test_killed_at_random_times_then_resumed_gives_the_same_artifact(
 ) -> None:
     reference = open_artifact(pipeline / stage)
     argv = command_line(stage, pipeline, tmp_path)
-    rng = random.Random(f"{stage} {time.time()}")
-    delays = [START_S * rng.random() + reference.manifest.environment["seconds"] * rng.random() for _ in range(2)]
+    share = random.Random(f"{stage} {time.time()}")
+    # The first kill always lands; the second may find a resumed run that is already done.
+    delays = [reference.manifest.environment["seconds"] * f * share.random() for f in (0.5, 0.9)]
+    codes = []
     for delay in delays:
-        if run_for(argv, delay) == 0:
+        codes.append(kill_after(start(argv, tmp_path), delay, signal.SIGKILL))
+        if codes[-1] == 0:
             break
         with pytest.raises(ArtifactError):
             open_artifact(tmp_path / "out")
         assert {p.name for p in tmp_path.iterdir()} <= {"config.toml", ".out.partial"}
-    run_for(argv, None)
+    assert codes[0] == -signal.SIGKILL, f"nothing was killed after {delays}"
+    finish(argv)
     assert open_artifact(tmp_path / "out").digest == reference.digest, f"killed after {delays}"
     assert {p.name for p in tmp_path.iterdir()} == {"config.toml", "out"}
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing_that_opens(pipeline: Path, tmp_path: Path) -> None:
-    child = subprocess.Popen(command_line("data", pipeline, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / ".out.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.5)
+def test_a_killed_check_leaves_nothing_that_opens(pipeline: Path, tmp_path: Path) -> None:
+    argv = [*FMDEPLOY, "check", str(pipeline / "bundle"), "--data", str(pipeline / "data"), "--runs", "3000",
+            "--out", str(tmp_path / "out")]
+    code = kill_after(start(argv, tmp_path), 0.5 * random.Random(time.time()).random(), signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    with pytest.raises(ArtifactError):
+        open_artifact(tmp_path / "out")
+    finish(argv[: argv.index("--runs")] + argv[argv.index("--out"):])
+    assert open_artifact(tmp_path / "out").kind is Kind.CHECK
+
+
+@pytest.mark.parametrize("stage", ["data", "teacher", "bundle"])
+def test_ctrl_c_is_one_line_and_leaves_nothing_that_opens(stage: str, pipeline: Path, tmp_path: Path) -> None:
+    child = start(command_line(stage, pipeline, tmp_path), tmp_path)
+    time.sleep(0.3)
     os.killpg(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130
@@ -87,3 +110,22 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_that_opens(pipeline: Path, tmp_pa
     assert b"Traceback" not in err
     with pytest.raises(ArtifactError):
         open_artifact(tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_that_opens(pipeline: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a small tmpfs here (needs root)")
+    try:
+        for stage in ("features", "bundle"):
+            argv = command_line(stage, pipeline, tmp_path)
+            argv[argv.index("--out") + 1] = str(disk / stage)
+            done = subprocess.run(argv, capture_output=True, text=True)
+            assert done.returncode == 3, done.stderr
+            assert "the disk is full" in done.stderr.splitlines()[-1]
+            with pytest.raises(ArtifactError):
+                open_artifact(disk / stage)
+            subprocess.run(f"rm -rf {disk}/.*.partial", shell=True, check=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
