@@ -67,9 +67,7 @@ def _baselines(data: Artifact, task_name: str, metric: Metric) -> dict[str, floa
 
 
 def _int8_drop(check: Artifact, metric: Metric) -> dict[str, Any]:
-    """INT8 against the FP32 student: the relative drop overall, and in the worst of the slices that are large enough."""
-    enough to say anything.
-    """
+    """INT8 against the FP32 student: the relative drop overall, and in the worst of the large enough slices."""
     if not (check.has(f"evaluation.{SERVED}.json") and check.has("evaluation.fp32.json")):
         return {"int8_drop": None, "int8_drop_interval": None, "worst_slice_drop": None, "worst_slice": None}
     before, after = Evaluation.load(check, "evaluation.fp32"), Evaluation.load(check, f"evaluation.{SERVED}")
