@@ -25,8 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fmdeploy.artifact import open_artifact
+from fmdeploy.cpu import this_cpu
 from fmdeploy.export.fused import fused_ops
-from fmdeploy.export.isa import this_cpu
 from fmdeploy.export.session import cpu_session
 from fmdeploy.export.variants import file_name, write_variants
 from fmdeploy.iospec import IOSpec

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fmdeploy.distill.config import DistillConfig
-from fmdeploy.errors import DataError
+from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.task import Samples, Task
 from fmdeploy.teacher.features import CacheReader
 from fmdeploy.training.batches import mirrored
+from fmdeploy.training.distributed import world
 from fmdeploy.training.loop import Batch
 from fmdeploy.training.sampler import Index, mirror_mask, my_part, step_index
 
@@ -64,12 +65,19 @@ class DistillBatches:
     cache: CacheReader | None = None
     live: bool = False
 
+    def __post_init__(self) -> None:
+        pieces = world()[1] * self.config.accumulation
+        if self.num_labelled % pieces:
+            raise ConfigError("the labelled samples of a batch cannot be cut into equal parts", where="labelled_share",
+                              expected=f"a multiple of {pieces} samples (processes x parts)", found=self.num_labelled,
+                              fix="Change --labelled-share or --batch")
+
     @property
     def num_labelled(self) -> int:
         """Labelled samples in a whole step's batch."""
         if self.cache is None and not self.live:
             return self.config.batch
-        return round(self.config.labelled_share * self.config.batch) if len(self.labelled) else 0
+        return max(1, round(self.config.labelled_share * self.config.batch)) if len(self.labelled) else 0
 
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from fmdeploy.config import InputPath, OutputPath
+from fmdeploy.provenance import source_digest
 from fmdeploy.training.config import TrainingConfig
 
 SIZES = ("stem_width", "width", "dim", "depth")
@@ -44,7 +45,18 @@ class DistillConfig(TrainingConfig):
             raise ValueError("give either features or build_cache, not both")
         if self.teacher is None and self.labels == 0:
             raise ValueError("without a teacher there must be labels")
+        if self.teacher is not None and not (
+            self.alpha_logits or self.alpha_features or (self.alpha_labels and self.labels)
+        ):
+            raise ValueError("every part of the loss has weight 0")
         return self
+
+    def resolved(self) -> dict[str, Any]:
+        """With hashes of the user's own task and student in place of trust in their names."""
+        found = {**super().resolved(), "task_source": source_digest(self.task)}
+        if self.student.startswith("hf:"):  # a folder is where something lies, not what it is
+            return {**found, "student": f"hf:{source_digest(self.student)}", "student_source": None}
+        return {**found, "student_source": source_digest(self.student)}
 
     def sizes(self) -> dict[str, Any]:
         """The size options that were given, for `Task.student`."""

@@ -77,7 +77,7 @@ def sources_of(config: DistillConfig) -> Sources:
                           expected=config.task, found=loaded.recipe.task)
     features = open_artifact(config.features, Kind.FEATURES) if config.features else None
     if config.build_cache:
-        features = cache(teacher=config.teacher, data=config.data, out=config.build_cache)
+        features = cache(teacher=config.teacher, data=config.data, out=config.build_cache, precision=config.precision)
     return replace(sources, teacher=teacher, loaded=loaded, features=features)
 
 

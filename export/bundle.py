@@ -65,6 +65,7 @@ class Source:
     data: Dataset
     student: nn.Module
     quantised: nn.Module | None
+    by_modules: bool
     calibration: Calibration
     calibration_set: CalibrationSet
 
@@ -97,13 +98,15 @@ def _open(config: ExportConfig, artifact: Artifact, data: Dataset) -> Source:
         stored = load_quantized(artifact)
         calibration_set = redraw(task, data, stored.calibration)
         module = stored.module if config.int8 else None
-        return Source(artifact, task, data, loaded.module, module, stored.calibration, calibration_set)
+        return Source(artifact, task, data, loaded.module, module, stored.placement.method == "modules",
+                      stored.calibration, calibration_set)
     calibration_set = draw(task, data, count=config.calibration_samples, seed=config.seed)
     if not config.int8:
         seen = Calibration(calibration_set.data, calibration_set.digest, config.seed, calibration_set.ids, {})
-        return Source(artifact, task, data, loaded.module, None, seen, calibration_set)
+        return Source(artifact, task, data, loaded.module, None, False, seen, calibration_set)
     made = ptq(loaded.module, task.io, calibration_set, keep_float=config.keep_float)
-    return Source(artifact, task, data, loaded.module, made.module, made.calibration, calibration_set)
+    return Source(artifact, task, data, loaded.module, made.module, made.placement.method == "modules",
+                  made.calibration, calibration_set)
 
 
 def _build(draft: Draft, config: ExportConfig, source: Source) -> None:
@@ -147,7 +150,7 @@ def _parities(source: Source, variants: Variants, samples: Samples) -> Iterator[
     yield compare("fp32", said["fp32"], "torch", outputs_of(predictor(source.student, task.io), samples, task), task)
     if source.quantised is not None:
         fake = outputs_of(predictor(source.quantised, task.io), samples, task)
-        yield compare("int8", said["int8"], "torch fake-quant", fake, task)
+        yield compare("int8", said["int8"], "torch fake-quant", fake, task, by_modules=source.by_modules)
         yield compare("int8-cpu", said["int8-cpu"], "int8", said["int8"], task)
 
 

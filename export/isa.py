@@ -8,39 +8,13 @@ Behind a ReLU our unsigned activations use zero point 0 and stay at or below 127
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 from onnx import ModelProto, NodeProto
 
 from fmdeploy.export.graph import DQ, Array, Graph
 
-CPUINFO = Path("/proc/cpuinfo")
 INT16_MAX = 32767
 LAYERS = ("Conv", "Gemm", "MatMul")
-
-
-@dataclass(frozen=True)
-class Isa:
-    """A machine and whether 8-bit products are added without saturation on it."""
-
-    machine: str
-    exact_int8: bool
-
-
-def this_cpu(cpuinfo: Path = CPUINFO) -> Isa:
-    """Describe this machine; where /proc/cpuinfo does not say, an x86 CPU is taken to saturate."""
-    machine = platform.machine()
-    if machine not in ("x86_64", "AMD64"):
-        return Isa(machine, True)
-    try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        return Isa(machine, False)
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return Isa(machine, "avx512_vnni" in flags or "avx_vnni" in flags)
 
 
 def saturating_layers(model: ModelProto) -> tuple[str, ...]:
@@ -59,10 +33,19 @@ def _largest_pair(graph: Graph, node: NodeProto) -> float:
     if zero.dtype != np.uint8 or levels is None:
         return 0.0
     largest = 127 if int(zero) == 0 else 255
-    return float(largest * _two_largest(levels))
+    scales = graph.constants.get(weight.input[1], np.ones(1))
+    axis = next((int(attribute.i) for attribute in weight.attribute if attribute.name == "axis"), 1)  # ONNX's default
+    return float(largest * _two_largest(levels, axis if scales.size > 1 else None))
 
 
-def _two_largest(levels: Array) -> int:
-    """Sum of the two largest |w| of any output channel. Which two weights meet depends on the packing: the worst."""
-    rows = np.abs(levels.reshape(len(levels), -1).astype(np.int32))
+def _two_largest(levels: Array, axis: int | None) -> int:
+    """Sum of the two largest |w| of any output channel. Which two weights meet depends on the packing: the worst.
+
+    Args:
+        levels: int8 weights.
+        axis: Of the output channels: 0 in (out, in, ...), 1 in a MatMul's (in, out); None where one scale serves
+            all channels, and the axis is not said: the worst of the whole tensor.
+    """
+    sizes = np.abs(levels.astype(np.int32))
+    rows = sizes.reshape(1, -1) if axis is None else np.moveaxis(sizes, axis, 0).reshape(levels.shape[axis], -1)
     return int(np.sort(rows, axis=1)[:, -2:].sum(axis=1).max())

@@ -18,12 +18,14 @@ import numpy as np
 
 from fmdeploy.errors import GateError
 from fmdeploy.evaluate.evaluation import evaluate
-from fmdeploy.quantize.sqnr import finite_db, sqnr_db
+from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
 from fmdeploy.task import Array, Arrays, Samples, Task
 
 Predict = Callable[[Arrays], Arrays]
-# Convolutional students reach 45 to 135 dB in the second row; a small ViT 40 dB, its float convolutions round most.
-FLOOR_DB = {"fp32": 60.0, "int8": 35.0, "int8-cpu": 30.0}
+FLOOR_DB = {"fp32": 60.0, "int8": 40.0, "int8-cpu": 30.0}
+# Where torch.fx cannot follow the student, only single modules are quantised: activations between them stay float, and
+# every sum that the file rounds differently meets a rounding step again. There the floor is lower.
+MODULES_FLOOR_DB = 35.0
 METRIC_TOLERANCE = 0.01  # largest change of the primary metric, absolute
 
 
@@ -38,6 +40,8 @@ class Parity:
     value: float
     reference_value: float
     num_samples: int
+    by_modules: bool = False
+    """Whether the student was quantised module by module, see MODULES_FLOOR_DB."""
 
     def __str__(self) -> str:
         ratios = ", ".join(f"{output} {value:.1f} dB" for output, value in self.sqnr_db.items())
@@ -47,7 +51,7 @@ class Parity:
     @property
     def floor_db(self) -> float:
         """Smallest SQNR that passes."""
-        return FLOOR_DB[self.variant]
+        return MODULES_FLOOR_DB if self.by_modules and self.variant == "int8" else FLOOR_DB[self.variant]
 
     @property
     def metric_tolerance(self) -> float:
@@ -126,11 +130,14 @@ def outputs_of(predict: Predict, samples: Samples, task: Task) -> Outputs:
     return Outputs({name: np.concatenate([part[name] for part in kept]) for name in kept[0]}, value)
 
 
-def compare(variant: str, found: Outputs, against: str, reference: Outputs, task: Task) -> Parity:
+def compare(
+    variant: str, found: Outputs, against: str, reference: Outputs, task: Task, *, by_modules: bool = False
+) -> Parity:
     """Put two models' outputs on the same samples beside each other."""
     ratios = {name: sqnr_db(reference.arrays[name], found.arrays[name]) for name in reference.arrays}
     count = len(next(iter(found.arrays.values())))
-    return Parity(variant, against, ratios, task.metrics()[0].name, found.value, reference.value, count)
+    return Parity(variant, against, ratios, task.metrics()[0].name, found.value, reference.value, count,
+                  by_modules)
 
 
 def require_parity(parity: Parity) -> None:
@@ -144,6 +151,7 @@ def require_parity(parity: Parity) -> None:
             raise GateError(f"model.{parity.variant}.onnx differs from {parity.against} in output {name!r}",
                             expected=f">= {parity.floor_db:g} dB", found=f"{ratio:.1f} dB")
     change = abs(parity.value - parity.reference_value)
-    if change > parity.metric_tolerance:
+    both_undefined = np.isnan(parity.value) and np.isnan(parity.reference_value)  # such as IoU without any vehicle
+    if not both_undefined and not change <= parity.metric_tolerance:
         raise GateError(f"model.{parity.variant}.onnx differs from {parity.against} in {parity.metric}",
                         expected=f"at most {parity.metric_tolerance:g}", found=f"{change:.4f}")

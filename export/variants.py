@@ -10,11 +10,12 @@ from typing import Any, Literal
 import onnx
 from torch import nn
 
+from fmdeploy.cpu import this_cpu
 from fmdeploy.errors import ModelFileError
 from fmdeploy.export.dialects import cpu_dialect
 from fmdeploy.export.fused import fused_ops
 from fmdeploy.export.graph import DQ, Q, op_counts, save_model
-from fmdeploy.export.isa import saturating_layers, this_cpu
+from fmdeploy.export.isa import saturating_layers
 from fmdeploy.export.onnx import export_onnx
 from fmdeploy.export.session import ort_predictor
 from fmdeploy.iospec import IOSpec

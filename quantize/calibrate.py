@@ -23,10 +23,15 @@ from fmdeploy.errors import ArtifactError, DataError
 from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.build import quantizer_name
 from fmdeploy.quantize.placement import Placement
+from fmdeploy.quantize.trace import as_tuple
 from fmdeploy.task import Array, Arrays, Task
 
+Extremes = tuple[float, float]
 FORMAT = 1
 SPLIT = "train"
+# A tensor that never moves (behind a residual branch whose last BatchNorm starts at zero, say) still needs a scale. Any
+# scale holds zero exactly; a very small one would overflow the 32-bit biases of the layer that reads it.
+AMAX_OF_ZERO, TINY = 1.0, 1e-6
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ class Calibration:
     ranges: dict[str, Range]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"format": FORMAT, "method": "max", "split": SPLIT, **asdict(self)}
+        """Return plain JSON values; `constant` names the tensors that calibration saw one single value of."""
+        constant = sorted(name for name, row in self.ranges.items() if row.low == row.high)
+        return {"format": FORMAT, "method": "max", "split": SPLIT, "constant": constant, **asdict(self)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Calibration:
@@ -159,44 +165,64 @@ def calibrate(
         input_names: names of the arguments of `module`, in order.
 
     Raises:
-        DataError: a tensor was never reached, is not finite, or holds one single value throughout.
+        DataError: a tensor was never reached or is not finite, or an input or output holds one single value
+            throughout. An inner tensor may: it gets a range that holds that value.
     """
     check_inputs(calibration_set)
+    outputs: dict[int, Extremes] = {}
     rows = [row.quantizer for row in placement.activations]
     with _watch(module, placement) as seen:
-        modelopt.calibrate(module, lambda model: _run_one_by_one(model, calibration_set, input_names))
+        modelopt.calibrate(module, lambda model: _run_one_by_one(model, calibration_set, input_names, outputs))
+    _refuse_constant_outputs(outputs)
     if never := [row for row in rows if row not in seen]:
         raise DataError("no calibration sample reached this tensor", where=never[0])
     amax = modelopt.ranges(module)
-    ranges = {}
+    ranges, changed = {}, dict(amax)
     for row in placement.activations:
         low, high = seen[row.quantizer]
         if not (np.isfinite(low) and np.isfinite(high)):
             raise DataError("calibration drove this tensor to NaN or infinity", where=row.tensors[0])
+        name = quantizer_name(placement, row.quantizer)
         if low == high:
-            raise DataError("this tensor is constant over all calibration samples: it has no range",
-                            where=row.tensors[0], found=low)
-        ranges[row.quantizer] = Range(low, high, float(amax[quantizer_name(placement, row.quantizer)]))
+            changed[name] = torch.full_like(amax[name], max(abs(low), TINY) if low else AMAX_OF_ZERO)
+        ranges[row.quantizer] = Range(low, high, float(changed[name]))
+    modelopt.set_ranges(module, changed)
     return Calibration(calibration_set.data, calibration_set.digest, calibration_set.seed, calibration_set.ids, ranges)
 
 
-def _run_one_by_one(model: nn.Module, calibration_set: CalibrationSet, input_names: Sequence[str]) -> None:
+def _run_one_by_one(
+    model: nn.Module, calibration_set: CalibrationSet, input_names: Sequence[str], outputs: dict[int, Extremes]
+) -> None:
+    """Run every sample alone, and collect the smallest and largest value of each output in `outputs`."""
     with torch.no_grad():
         for k in range(len(calibration_set)):
-            model(*calibration_set.tensors(input_names, slice(k, k + 1)))
+            answer = as_tuple(model(*calibration_set.tensors(input_names, slice(k, k + 1))))
+            for number, tensor in enumerate(answer):
+                outputs[number] = _wider(outputs.get(number), tensor)
+
+
+def _refuse_constant_outputs(outputs: dict[int, Extremes]) -> None:
+    for number, (low, high) in outputs.items():
+        if low == high:
+            raise DataError("the student's output is constant over all calibration samples: it has learnt nothing",
+                            where=f"output {number}", found=low)
+
+
+def _wider(old: Extremes | None, tensor: Tensor) -> Extremes:
+    low, high = (float(v) for v in torch.aminmax(tensor))
+    old = old or (low, high)
+    # NaN must stay: min() and max() would drop it or keep it depending on the order.
+    return float(np.minimum(low, old[0])), float(np.maximum(high, old[1]))
 
 
 @contextmanager
-def _watch(module: nn.Module, placement: Placement) -> Iterator[dict[str, tuple[float, float]]]:
+def _watch(module: nn.Module, placement: Placement) -> Iterator[dict[str, Extremes]]:
     """Collect the smallest and largest value that reaches each activation quantizer."""
-    seen: dict[str, tuple[float, float]] = {}
+    seen: dict[str, Extremes] = {}
 
     def hook(name: str) -> Any:
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            low, high = (float(v) for v in torch.aminmax(args[0]))
-            old = seen.get(name, (low, high))
-            # NaN must stay: min() and max() would drop it or keep it depending on the order.
-            seen[name] = (float(np.minimum(low, old[0])), float(np.maximum(high, old[1])))
+            seen[name] = _wider(seen.get(name), args[0])
 
         return note
 

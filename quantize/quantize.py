@@ -14,6 +14,7 @@ from fmdeploy.config import InputPath, OutputPath
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import DataError
+from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
 from fmdeploy.manifest import Kind, Parent
 from fmdeploy.models.outputs import predictor
 from fmdeploy.models.saved import RECIPE, WEIGHTS, LoadedModel, load_model
@@ -21,7 +22,6 @@ from fmdeploy.quantize import calibrate
 from fmdeploy.quantize.ptq import QuantisedStudent, ptq
 from fmdeploy.quantize.qat import qat
 from fmdeploy.quantize.scores import carry_over, judge, relative_drop
-from fmdeploy.quantize.sqnr import finite_db, sqnr_db
 from fmdeploy.quantize.store import save_quantized
 from fmdeploy.training.config import Precision, TrainingConfig
 from fmdeploy.training.device import resolve_precision, together

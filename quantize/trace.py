@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fmdeploy.errors import InputError
-from fmdeploy.quantize.ops import is_alias, module_of
+from fmdeploy.quantize.ops import ADDS, is_alias, module_of
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,6 +50,7 @@ def float_graph(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule
     graph_module = _trace(source)
     _check_arguments(graph_module, example)
     _drop_aliases(graph_module)
+    _positional_adds(graph_module)
     _forbid_inplace(graph_module)
     _fold_batchnorms(graph_module)
     graph_module.graph.eliminate_dead_code()
@@ -101,6 +102,15 @@ def _drop_aliases(gm: fx.GraphModule) -> None:
         if is_alias(gm, node):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+
+
+def _positional_adds(gm: fx.GraphModule) -> None:
+    """Spell torch.add(input=a, other=b) as torch.add(a, b), so that a residual is found however it is written."""
+    for node in gm.graph.nodes:
+        if node.target in ADDS and node.op in ("call_function", "call_method"):
+            named = [node.kwargs[name] for name in ("input", "other") if name in node.kwargs]
+            node.args = (*node.args, *named)
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "other")}
 
 
 def _forbid_inplace(gm: fx.GraphModule) -> None:
@@ -168,5 +178,13 @@ def _check_same(model: nn.Module, gm: fx.GraphModule, example: tuple[Tensor, ...
 
 
 def as_tuple(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
-    """Return what a model's `forward` gave as a tuple of tensors."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    """Return what a model's `forward` gave as a tuple of tensors.
+
+    Raises:
+        InputError: it gave something else, such as a dict.
+    """
+    found = (outputs,) if isinstance(outputs, Tensor) else outputs
+    if not isinstance(found, (tuple, list)) or not all(isinstance(each, Tensor) for each in found):
+        raise InputError("the model's forward returns what has no order", expected="a tensor, or a tuple of tensors in "
+                         "the order of the task's outputs", found=type(outputs).__name__)
+    return tuple(found)

@@ -44,6 +44,9 @@ class GoldenIndex(_Strict):
 
     variants: dict[str, VariantTolerance]
     samples: tuple[str, ...] = ()
+    saturates_without_vnni: tuple[str, ...] = Field(
+        default=(), description="Layers of int8-cpu whose 8-bit products may saturate on x86 without VNNI"
+    )
 
 
 class InputStatistics(_Strict):

@@ -8,8 +8,8 @@ FP32 beyond doubt (the interval of the paired speed-up lies above one).
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -17,9 +17,10 @@ from pydantic import Field
 from fmdeploy.artifact import Artifact
 from fmdeploy.budgets import Budgets, read_budgets
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, OutputPath, Positional, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
+from fmdeploy.environment import describe_environment, package_versions
 from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.evaluate.evaluation import Evaluation, data_key
 from fmdeploy.evaluate.examples import save_examples
@@ -31,7 +32,9 @@ from fmdeploy.runtime.checkrows import Preference, accuracy_rows, prefer, resour
 from fmdeploy.runtime.gatefiles import text_lines, write_gate_files
 from fmdeploy.runtime.latency import golden_frames, measure_latency, speedup, summary
 from fmdeploy.runtime.memory import probe_peak_mib
+from fmdeploy.runtime.replace import produce_again
 from fmdeploy.runtime.run import task_name
+from fmdeploy.runtime.seen import seen_row
 from fmdeploy.runtime.tiercheck import CheckedTier, Predictor, check_tier
 from fmdeploy.runtime.tiers import TIERS
 from fmdeploy.task import Metric, Samples, Task, load_task
@@ -47,13 +50,16 @@ class CheckConfig(StageConfig):
     target: str | None = Field(default=None, description="Target of the budgets; default: the only one")
     split: str = Field(default="test", description="Split to evaluate on")
     task: str = Field(default="", description="Task that reads the dataset; default: the bundle's")
-    tiers: tuple[str, ...] = Field(default=TIERS, min_length=1, description="Variants to check, best first")
+    tiers: tuple[str, ...] | None = Field(
+        default=None, description="Variants to check, best first; default: those that the bundle has"
+    )
     threads: int = Field(default=1, ge=1, le=256, description="Threads inside one run")
     runs: int = Field(default=300, ge=30, description="Latency rounds in which every tier takes one frame")
+    again: Annotated[bool, RunOnly()] = Field(default=False, description="Measure anew and replace the CHECK at --out")
 
 
 class CheckRequest(StageConfig):
-    """What identifies a check: its options and the limits themselves, wherever they came from."""
+    """What identifies a check: its options, the limits themselves, and what it was measured with."""
 
     task: str
     split: str
@@ -62,22 +68,39 @@ class CheckRequest(StageConfig):
     runs: int
     target: str
     machine: str
+    processor: str
+    num_cpus: int | None
+    packages: dict[str, str]
     budgets: dict[str, Any]
 
 
 @command(CheckConfig)
 def check(config: CheckConfig) -> Outcome:
-    """Measure every budget here and write a CHECK; exit 1 when one fails or was not measured."""
+    """Measure every budget here and write a CHECK; exit 1 when one fails or was not measured.
+
+    It always measures: what is at --out already is refused, or replaced with --again.
+    """
     bundle, data = open_bundle(config.bundle), open_dataset(config.data)
     limits = bundle.budgets if config.budgets is None else read_budgets(config.budgets)
     target, _ = limits.for_target(config.target)
     name = task_name(bundle, config.task)
-    request = CheckRequest(task=name, split=config.split, tiers=config.tiers, threads=config.threads, runs=config.runs,
-                           target=target, machine=platform.machine(), budgets=limits.model_dump(mode="json"))
+    tiers = config.tiers or tuple(tier for tier in TIERS if tier in bundle.variants) or TIERS
+    request = CheckRequest(task=name, split=config.split, tiers=tiers, threads=config.threads, runs=config.runs,
+                           target=target, budgets=limits.model_dump(mode="json"), **_this_machine())
     job = CheckJob(bundle, data, limits, request)
     inputs = {"bundle": bundle.artifact, "data": data.artifact}
-    artifact = produce(config.out, Kind.CHECK, stage="check", config=request, inputs=inputs, build=job.build)
-    return outcome_of_check(artifact)
+
+    def write(out: Path) -> Artifact:
+        return produce(out, Kind.CHECK, stage="check", config=request, inputs=inputs, build=job.build)
+
+    return outcome_of_check(produce_again(config.out, "check", write, again=config.again))
+
+
+def _this_machine() -> dict[str, Any]:
+    """What a measurement depends on besides its options."""
+    found, versions = describe_environment(), package_versions()
+    packages = {name: versions[name] for name in ("onnxruntime", "numpy") if name in versions}
+    return {**{key: found[key] for key in ("machine", "processor", "num_cpus")}, "packages": packages}
 
 
 def outcome_of_check(artifact: Artifact) -> Outcome:
@@ -112,7 +135,8 @@ class CheckJob:
         times = measure_latency(running, golden_frames(self.bundle), self.request.runs)
         peaks = {name: probe_peak_mib(self.bundle, name, threads=self.request.threads) for name in running}
         teacher = self._teacher()
-        rows = accuracy_rows(tiers, teacher, self.metric, self.limits.accuracy)
+        rows = [seen_row(self.bundle.artifact, self.data, samples.ids),
+                *accuracy_rows(tiers, teacher, self.metric, self.limits.accuracy)]
         preference = prefer(tiers, rows, times)
         _, budget = self.limits.for_target(self.request.target)
         rows += resource_rows(self.bundle, preference.tier, times, peaks, self.limits.size_mib, budget)
@@ -126,10 +150,12 @@ class CheckJob:
 
     def _teacher(self) -> Evaluation | None:
         """The teacher's evaluation from the bundle, when it is of this very data."""
-        if not self.bundle.artifact.has("teacher_evaluation.json"):
-            return None
-        found = Evaluation.load(self.bundle.artifact, "teacher_evaluation")
-        return found if found.data == self.key else None
+        for name in ("teacher_evaluation", "teacher_validation"):
+            if self.bundle.artifact.has(f"{name}.json"):
+                found = Evaluation.load(self.bundle.artifact, name)
+                if found.data == self.key:
+                    return found
+        return None
 
     def _write(
         self, draft: Draft, tiers: Sequence[CheckedTier], samples: Samples, rows: list[Row], preference: Preference,
@@ -138,7 +164,7 @@ class CheckJob:
         for tier in tiers:
             if tier.evaluation is not None:
                 tier.evaluation.save(draft, f"evaluation.{tier.name}")
-                save_examples(draft, Predictor(tier), samples, name=f"examples.{tier.name}")
+                save_examples(draft, Predictor(tier, count=False), samples, name=f"examples.{tier.name}")
         values = {tier.name: self._values(tier.evaluation) for tier in tiers if tier.evaluation is not None}
         if teacher is not None:
             values["teacher"] = self._values(teacher)

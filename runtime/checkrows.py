@@ -34,11 +34,11 @@ class Preference:
 def accuracy_rows(
     tiers: Sequence[CheckedTier], teacher: Evaluation | None, metric: Metric, budget: AccuracyBudget
 ) -> list[Row]:
-    """Return self-test rows and accuracy rows of all tiers."""
+    """Return self-test rows, rows on the guards' false alarms, and accuracy rows of all tiers."""
     fp32 = next((tier.evaluation for tier in tiers if tier.name == REFERENCE), None)
     rows = []
     for tier in tiers:
-        rows.append(_self_test_row(tier))
+        rows += [_self_test_row(tier), *_invalid_rows(tier, budget)]
         rows += _versus(tier, "teacher", teacher, "the bundle has no evaluation of the teacher on this data",
                         metric, budget, budget.max_drop_vs_teacher, budget.max_slice_drop_vs_teacher)
         if tier.name != REFERENCE:
@@ -68,6 +68,14 @@ def _self_test_row(tier: CheckedTier) -> Row:
     report = tier.report.to_json()
     result = Result.PASS if tier.report.admitted else Result.FAIL
     return Row(f"{tier.name} self-test", result, report["sqnr_db"], report["limit_db"], "dB", reason=tier.report.reason)
+
+
+def _invalid_rows(tier: CheckedTier, budget: AccuracyBudget) -> list[Row]:
+    """On the road an invalid frame is no perception, however good its outputs are."""
+    if tier.evaluation is None:
+        return []  # the self-test row says why
+    return [limit_gate(f"{tier.name} share of clean frames not valid", tier.invalid_share, budget.max_invalid_share, "1",
+                       n_samples=len(tier.evaluation))]
 
 
 def prefer(tiers: Sequence[CheckedTier], rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> Preference:

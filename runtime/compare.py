@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -33,6 +34,7 @@ class CompareConfig(StageConfig):
     max_latency_ratio: float | None = Field(default=None, gt=0, description="Allowed p50 latency, candidate / deployed")
     min_samples: int = Field(default=200, ge=2, description="Fewer samples than this: not measured")
     min_slice_samples: int = Field(default=100, ge=2, description="The same for one slice")
+    min_groups: int = Field(default=6, ge=2, description="Fewer independent groups than this cannot pass")
     required_slices: tuple[str, ...] = Field(default=(), description="Slices that must be measured, such as rare")
     slices: tuple[str, ...] = Field(default=SLICES, description="Slice axes to compare")
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Two-sided coverage of the intervals")
@@ -54,21 +56,29 @@ def compare(config: CompareConfig) -> Outcome:
 
 
 def _build(draft: Draft, config: CompareConfig, candidate: Artifact, deployed: Artifact) -> None:
-    metric = _metric(candidate)
+    metric, other = _metric(candidate), _metric(deployed)
     (name, after), (before_name, before) = (_evaluation(config, artifact) for artifact in (candidate, deployed))
     check_paired(before, after)
     budget = AccuracyBudget(metric=metric.name, min_samples=config.min_samples, confidence=config.confidence,
                             min_slice_samples=config.min_slice_samples, slices=config.slices,
-                            required_slices=config.required_slices)
+                            required_slices=config.required_slices, min_groups=config.min_groups)
     title = f"candidate {metric.name} drop vs deployed"
-    rows = [overall_gate(title, before, after, metric, config.max_drop, budget),
-            *slice_gates(title, before, after, metric, config.max_slice_drop, budget),
-            *_latency_rows(config, candidate, deployed, name, before_name)]
-    values = {"candidate": after.value(metric), "deployed": before.value(metric)}
+    if metric.name == other.name:
+        rows = [overall_gate(title, before, after, metric, config.max_drop, budget),
+                *slice_gates(title, before, after, metric, config.max_slice_drop, budget)]
+    else:
+        reason = f"the checks gate different metrics: {metric.name} and {other.name}"
+        rows = [not_measured(title, reason, limit=config.max_drop, unit="1")]
+    rows += _latency_rows(config, candidate, deployed, name, before_name)
+    values = {"candidate": _plain(after.value(metric)), "deployed": _plain(before.value(other))}
     draft.write_json("metrics.json", {"values": values})
     notes = [f"candidate: {name} of {candidate.digest[:12]}, deployed: {before_name} of {deployed.digest[:12]}"]
     draft.write_json("check.json", {"notes": notes, "values": values, "metric": metric.name})
     write_gate_files(draft, rows, title="fmdeploy compare", notes=notes)
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _metric(check: Artifact) -> Metric:
@@ -91,9 +101,12 @@ def _latency_rows(
     name, limit = "latency p50 ratio, candidate / deployed", config.max_latency_ratio
     if _machine(candidate) != _machine(deployed):
         return [not_measured(name, "the two checks ran on different machines", limit=limit, unit="x")]
-    after = candidate.json("check.json")["latency"][tier]["p50_ms"]
-    before = deployed.json("check.json")["latency"][before_tier]["p50_ms"]
-    return [limit_gate(name, after / before, limit, "x")]
+    after = candidate.json("check.json")["latency"][tier]
+    before = deployed.json("check.json")["latency"][before_tier]
+    if after["threads"] != before["threads"]:
+        reason = f"the checks ran with {after['threads']} and {before['threads']} threads"
+        return [not_measured(name, reason, limit=limit, unit="x")]
+    return [limit_gate(name, after["p50_ms"] / before["p50_ms"], limit, "x")]
 
 
 def _machine(check: Artifact) -> tuple[Any, ...]:

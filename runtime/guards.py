@@ -189,6 +189,9 @@ class Guards:
         if inputs.keys() != self._names:
             raise FrameError("a frame has exactly the inputs of io.json", expected=sorted(self._names),
                              found=sorted(map(str, inputs)))
+        if layouts and not layouts.keys() <= self._names:
+            raise FrameError("a layout is given for an input that io.json lacks", expected=sorted(self._names),
+                             found=sorted(map(str, layouts)))
         for guard in self._structure:
             guard.check(inputs[guard.name], layouts.get(guard.name) if layouts else None)
 

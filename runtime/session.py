@@ -88,10 +88,11 @@ class Runtime:
         Raises:
             FrameError: Bad *structure* (type, dtype, shape, layout, names): a mistake in the calling program.
         """
+        # Before the lock: a child that was forked while another thread held it would wait for ever.
+        if os.getpid() != self._pid:
+            raise FmdeployError("the runtime was forked; start it in the process that uses it")
         with self._lock:
             start = self._clock()
-            if os.getpid() != self._pid:
-                raise FmdeployError("the runtime was forked; start it in the process that uses it")
             self._guards.structure(inputs, layouts)
             seq, self._seq = self._seq, self._seq + 1
             deadline = self._deadline_ms if deadline_ms is None else deadline_ms

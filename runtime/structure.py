@@ -32,9 +32,12 @@ class StructureGuard:
             raise self._structure_error(value)
         if value.base is not None:
             self._check_owner(value)
-        if self._ambiguous and layout != self.spec.layout:
+        if layout is None and self._ambiguous:
             raise FrameError("any axis could be the channels: state the layout", where=f"input {self.name!r}",
                              expected=self.spec.layout, found=layout)
+        if layout is not None and layout != self.spec.layout:
+            raise FrameError("has the wrong layout", where=f"input {self.name!r}", expected=self.spec.layout or "none",
+                             found=layout)
 
     def _check_owner(self, value: Array) -> None:
         """Walk to the owner of the memory: a view of a memory map dies with it."""

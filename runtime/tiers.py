@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fmdeploy.arrays import Array
+from fmdeploy.cpu import this_cpu
 from fmdeploy.errors import FmdeployError, ModelFileError
+from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.runtime.bundle import Bundle
 from fmdeploy.runtime.onnxrt import OrtBackend
 
-TIERS = ("int8-cpu", "fp32")
+INT8_CPU = "int8-cpu"
+TIERS = (INT8_CPU, "fp32")
 WARM_UP_RUNS = 3
 
 
@@ -78,18 +79,20 @@ def admit_tier(bundle: Bundle, variant: str, threads: int) -> tuple[OrtBackend |
     tolerance = bundle.golden.index.variants.get(variant)
     if tolerance is None:
         return None, TierReport(variant, False, "the bundle has no golden vectors for it")
+    if reason := _saturates(bundle, variant):
+        return None, TierReport(variant, False, reason)
     try:
         where = bundle.artifact.root / f"model.{variant}.onnx"
         backend = OrtBackend(bundle.model_bytes(variant), bundle.io, threads=threads, where=where)
-        sqnr_db = golden_sqnr_db(bundle, variant, backend)
+        worst_db = golden_sqnr_db(bundle, variant, backend)
     except FmdeployError as error:
         return None, TierReport(variant, False, str(error))
     except Exception as error:  # onnxruntime's exceptions have no common public base class
         return None, TierReport(variant, False, f"the golden vectors do not run: {str(error).splitlines()[0]}")
-    if not sqnr_db >= tolerance.sqnr_db:
-        reason = f"golden vectors differ: {sqnr_db:.1f} dB, at least {tolerance.sqnr_db:.1f} dB needed{_hint(variant)}"
-        return None, TierReport(variant, False, reason, sqnr_db, tolerance.sqnr_db, backend.provider)
-    return backend, TierReport(variant, True, "", sqnr_db, tolerance.sqnr_db, backend.provider)
+    if not worst_db >= tolerance.sqnr_db:
+        reason = f"golden vectors differ: {worst_db:.1f} dB, at least {tolerance.sqnr_db:.1f} dB needed"
+        return None, TierReport(variant, False, reason, worst_db, tolerance.sqnr_db, backend.provider)
+    return backend, TierReport(variant, True, "", worst_db, tolerance.sqnr_db, backend.provider)
 
 
 def golden_sqnr_db(bundle: Bundle, variant: str, backend: OrtBackend) -> float:
@@ -100,37 +103,16 @@ def golden_sqnr_db(bundle: Bundle, variant: str, backend: OrtBackend) -> float:
         for _ in range(WARM_UP_RUNS if number == 0 else 0):
             backend.run(feeds)  # the first run allocates and is many times slower
         for spec, found in zip(bundle.io.outputs, backend.run(feeds), strict=True):
-            worst = min(worst, sqnr_db(bundle.golden.outputs[variant][spec.name][number], found))
+            worst = min(worst, sqnr_db(bundle.golden.outputs[variant][spec.name][number][None], found))
     return worst
 
 
-def sqnr_db(reference: Array, found: Array) -> float:
-    """Return 20 log10(|reference| / |reference - found|) in dB: inf when equal, -inf when not finite or misshapen.
+def _saturates(bundle: Bundle, variant: str) -> str:
+    """Why a tier would compute other numbers here on other frames than the golden ones; empty where it would not.
 
-    Source: the definition of signal-to-quantisation-noise ratio, Oppenheim and Schafer 2010, section 4.8.3.
+    The golden vectors cannot show it: saturation needs a large product, and their few frames may have none.
     """
-    result = np.asarray(found, np.float64)
-    if result.shape != (1, *reference.shape) or not np.isfinite(result).all():
-        return -math.inf
-    wanted = np.asarray(reference, np.float64)
-    noise, signal = float(np.linalg.norm(result[0] - wanted)), float(np.linalg.norm(wanted))
-    if noise == 0:
-        return math.inf
-    return 20 * math.log10(signal / noise) if signal > 0 else -math.inf
-
-
-def _hint(variant: str) -> str:
-    """AVX2 without VNNI adds U8S8 products in 16 bits and saturates: the same file, other numbers."""
-    if variant == "int8-cpu" and not has_vnni():
-        return "; this CPU has no VNNI, where 8-bit products saturate"
-    return ""
-
-
-def has_vnni() -> bool:
-    """Whether an x86 CPU multiplies 8-bit integers without saturation; True where /proc/cpuinfo does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return True
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return not flags or "avx512_vnni" in flags or "avx_vnni" in flags
+    layers = bundle.golden.index.saturates_without_vnni
+    if variant != INT8_CPU or not layers or this_cpu().exact_int8:
+        return ""
+    return f"this CPU has no VNNI: 8-bit products may saturate in {len(layers)} layers, such as {layers[0]}"

@@ -16,6 +16,7 @@ from fmdeploy.draft import Draft, produce
 from fmdeploy.manifest import Kind
 from fmdeploy.models import input_list, named_outputs, num_parameters
 from fmdeploy.models.saved import save_model
+from fmdeploy.provenance import source_digest
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.scores import write_curve, write_scores
 from fmdeploy.teacher.view import TeacherView
@@ -40,6 +41,10 @@ class TeacherConfig(TrainingConfig):
     stem_width: int | None = Field(default=None, ge=1, description="channels at half resolution")
     width: int | None = Field(default=None, ge=1, description="channels at quarter resolution")
     activation_checkpointing: bool | None = Field(default=None, description="recompute activations to save memory")
+
+    def resolved(self) -> dict[str, Any]:
+        """With a hash of the user's own task in place of trust in its name."""
+        return {**super().resolved(), "task_source": source_digest(self.task)}
 
     def sizes(self) -> dict[str, Any]:
         """The size options that were given, for `Task.teacher`."""

@@ -8,6 +8,7 @@
     max_drop_vs_fp32 = 0.01             # relative, quantised tiers only
     max_slice_drop = 0.03               # the same, in every slice of `slices`
     min_samples = 200
+    min_groups = 6                      # simulations, not frames
     confidence = 0.95
 
     [target.cpu]                        # one table a target machine
@@ -20,6 +21,7 @@ A limit that is left out is not gated and gives no row. A limit that is there is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,11 +47,17 @@ class AccuracyBudget(_Table):
     max_slice_drop_vs_teacher: float | None = Field(default=None, ge=0, lt=1)
     min_samples: int = Field(default=200, ge=2, description="Fewer samples than this: not measured")
     min_slice_samples: int = Field(default=100, ge=2, description="The same for one slice")
+    min_groups: int = Field(
+        default=6, ge=2, description="Fewer independent groups (simulations) than this cannot pass: not measured"
+    )
     required_slices: tuple[str, ...] = Field(
         default=(), description="Slices that must be measured, such as 'rare'; other small slices do not block"
     )
     slices: tuple[str, ...] = Field(default=SLICES, description="Slice axes under the gate")
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Two-sided coverage of the intervals")
+    max_invalid_share: float = Field(
+        default=0.01, ge=0, le=1, description="Share of the evaluation's frames that the guards may call not valid"
+    )
 
 
 class TargetBudget(_Table):
@@ -103,15 +111,20 @@ def _lines(budgets: Budgets) -> Iterator[str]:
     yield "\n[accuracy]"
     yield from _table(budgets.accuracy)
     for name, target in budgets.target.items():
-        yield f'\n[target."{name}"]'
+        yield f"\n[target.{_quoted(name)}]"
         yield from _table(target)
 
 
 def _table(table: _Table) -> Iterator[str]:
     for key, value in table.model_dump(mode="json").items():
         if isinstance(value, str):
-            yield f'{key} = "{value}"'
+            yield f"{key} = {_quoted(value)}"
         elif isinstance(value, list):
-            yield f"{key} = [{', '.join(f'{item!r}' for item in value)}]"
+            yield f"{key} = [{', '.join(map(_quoted, value))}]"
         elif value is not None:
             yield f"{key} = {value!r}"
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string. JSON escapes the same characters, but for DEL; TOML forbids escaped surrogates."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

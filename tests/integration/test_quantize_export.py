@@ -16,13 +16,13 @@ from fmdeploy.data.format import open_dataset
 from fmdeploy.distill.distill import distill
 from fmdeploy.errors import ArtifactError, ConfigError, DataError, FmdeployError, InputError, MissingError
 from fmdeploy.evaluate.evaluation import Evaluation
+from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.export.bundle import export
 from fmdeploy.export.variants import file_name
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
 from fmdeploy.models import predictor
 from fmdeploy.quantize.quantize import quantize
-from fmdeploy.quantize.sqnr import sqnr_db
 from fmdeploy.quantize.store import load_quantized
 from fmdeploy.runtime.session import Runtime
 from support.training_data import STUDENT, TEACHER, write_scenes

@@ -2,7 +2,7 @@
 
 Tolerance: sums over a batch are added in another order, and AdamW divides by a root of tiny squares, which magnifies
 the difference. In fp32 after 12 steps, losses agree to 1e-4, the first gradient to 1e-4, and each tensor (root mean
-square) to 1e-3 of itself plus 2 % of the way AdamW can move a weight in these steps (the sum of the learning rates).
+square) to 5e-3 of itself plus 2 % of the way AdamW can move a weight in these steps (the sum of the learning rates).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_two_processes_train_the_same_network(home: Path, kind: str) -> None:
     for name, value in weights.items():
         difference = (value - others[name]).astype(np.float64)
         size = np.sqrt(np.square(value.astype(np.float64)).mean())
-        assert np.sqrt(np.square(difference).mean()) <= 0.02 * way + 1e-3 * size, name
+        assert np.sqrt(np.square(difference).mean()) <= 0.02 * way + 5e-3 * size, name
     assert one.json("metrics.json")["test"]["soft_iou"] == pytest.approx(
         two.json("metrics.json")["test"]["soft_iou"], rel=1e-2
     )

@@ -16,7 +16,7 @@ from fmdeploy.tasks.bev_occupancy_samples import SCENES
 
 FRAMES = 16  # samples at t = 3, 5, 7: three a sequence
 TEACHER = {"dim": 16, "depth": 1, "heads": 2, "stem_width": 8, "width": 16, "precision": "fp32", "batch": 4}
-STUDENT = {"stem_width": 8, "width": 8, "precision": "fp32", "batch": 4, "steps": 12}
+STUDENT = {"stem_width": 8, "width": 8, "precision": "fp32", "batch": 4, "steps": 12, "lr": 1e-3}
 
 
 class _Scenes(StageConfig):

@@ -23,6 +23,8 @@ from fmdeploy.errors import DataError
 from fmdeploy.manifest import MANIFEST_NAME, Kind
 
 TRAINING = "train"
+TRAINED = (Kind.TEACHER, Kind.STUDENT, Kind.QUANTIZED)
+"""Artifacts whose score on the training split is that of training itself, and says so."""
 
 
 class AuditConfig(StageConfig):
@@ -87,18 +89,19 @@ def sample_lists(path: Path) -> Iterator[SampleList]:
         ArtifactError: `path` is a folder but not an artifact.
         DataError: it names no samples at all.
     """
-    files = [path]
+    files, may_score_training = [path], False
     if path.is_dir():
         artifact = open_artifact(path)
+        may_score_training = artifact.kind in TRAINED
         files = [path / name for name in artifact.manifest.files if name.endswith(".json") and name != MANIFEST_NAME]
-    lists = [used for file in files for used in _lists_in(file)]
+    lists = [used for file in files for used in _lists_in(file, may_score_training)]
     if not lists:
         raise DataError("names no calibration or evaluation samples", where=path,
                         fix="Give a QUANTIZED, a BUNDLE or a CHECK, or a JSON file with 'samples' or 'ids'")
     yield from lists
 
 
-def _lists_in(file: Path) -> Iterator[SampleList]:
+def _lists_in(file: Path, may_score_training: bool) -> Iterator[SampleList]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -107,8 +110,8 @@ def _lists_in(file: Path) -> Iterator[SampleList]:
         return
     for purpose, key in (("calibration", "samples"), ("evaluation", "ids")):
         ids = content.get(key)
-        judged_on_training = str(content.get("data", "")).endswith(f":{TRAINING}")  # an honest training score
-        if isinstance(ids, list) and all(isinstance(i, str) for i in ids) and not judged_on_training:
+        honest = may_score_training and str(content.get("data", "")).endswith(f":{TRAINING}")
+        if isinstance(ids, list) and all(isinstance(i, str) for i in ids) and not honest:
             yield SampleList(str(file), purpose, tuple(ids))
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fmdeploy.task import Metric, Samples
 
 Mask = npt.NDArray[np.bool_]
+NO_SLICE = "none"  # the label of samples that an axis does not single out
 Predict = Callable[[Arrays], Arrays]
 
 
@@ -31,7 +32,8 @@ class Evaluation:
     Attributes:
         ids: Names of the samples, in order (N).
         groups: int64 (N,), the cluster a sample belongs to; samples of one simulation are not independent.
-        slices: Axis name to (N,) labels: str arrays make one slice a value, bool arrays one slice.
+        slices: Axis name to (N,) labels: str arrays make one slice a value, bool arrays one slice. The label `none`
+            makes no slice; an axis that has it gets one of everything else, `rare` beside `rare=cut-in`.
         stats: Metric name to float64 (N, K).
         data: What was evaluated, `<dataset digest>:<split>`; two evaluations compare only when this is equal.
     """
@@ -57,7 +59,11 @@ class Evaluation:
         return float(metric.value(self.total(metric, mask)))
 
     def masks(self, axes: Iterable[str] | None = None) -> dict[str, Mask]:
-        """Return every slice by name, `weather=fog` or, for a bool axis, `rare`."""
+        """Return every slice by name: `weather=fog`; `rare` for a bool axis, or for any label but `none` of an axis.
+
+        Raises:
+            DataError: There is no such axis.
+        """
         found: dict[str, Mask] = {}
         for axis in self.slices if axes is None else axes:
             labels = self.slices.get(axis)
@@ -65,8 +71,11 @@ class Evaluation:
                 raise DataError(f"no slice axis {axis!r}", expected=", ".join(self.slices), found=axis)
             if labels.dtype == np.bool_:
                 found[axis] = labels.astype(np.bool_)
-            else:
-                found.update({f"{axis}={value}": labels == value for value in np.unique(labels)})
+                continue
+            values = [value for value in np.unique(labels) if str(value) != NO_SLICE]
+            found.update({f"{axis}={value}": labels == value for value in values})
+            if (labels.astype(np.str_) == NO_SLICE).any():
+                found[axis] = np.asarray(labels.astype(np.str_) != NO_SLICE)
         return found
 
     def slice_values(self, metric: Metric) -> dict[str, float]:

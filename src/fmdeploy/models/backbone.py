@@ -89,6 +89,8 @@ def hf_student(folder: str, options: Mapping[str, Any], io: IOSpec) -> nn.Module
         ModelFileError: the folder holds no backbone that transformers can load.
     """
     transformers = require("transformers")
+    if unknown := sorted(set(options) - {"config"}):
+        raise ConfigError(f"takes no option {unknown[0]!r}: its sizes are the folder's", where=f"student 'hf:{folder}'")
     if "config" in options:
         values = dict(options["config"])
         config = transformers.AutoConfig.for_model(**values)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,7 +58,18 @@ def _call(name: str, options: Options) -> nn.Module:
         raise ConfigError(
             f"cannot be loaded: {error}", where=f"student {name!r}", fix="Is the module on PYTHONPATH?"
         ) from error
+    _refuse_strangers(name, function)
     found = function(**options)
     if not isinstance(found, nn.Module):
         raise ConfigError("is not a torch.nn.Module", where=f"student {name!r}", found=type(found).__name__)
     return found
+
+
+def _refuse_strangers(name: str, function: object) -> None:
+    """Only what says that it makes a network is called: names also come from artifacts, which may be forged."""
+    made = function if isinstance(function, type) else getattr(function, "__annotations__", {}).get("return")
+    if isinstance(made, str):  # from __future__ import annotations
+        made = typing.get_type_hints(function).get("return")
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise ConfigError("is neither a torch.nn.Module class nor a function that is annotated to return one",
+                          where=f"student {name!r}", expected="def name(...) -> torch.nn.Module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fmdeploy.errors import ConfigError
 from fmdeploy.evaluate.metrics import Accuracy, TopLabelECE
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.task import Metric, Task
@@ -63,9 +64,15 @@ class ImageClassification(Task):
 
     def teacher(self, options: Mapping[str, Any]) -> nn.Module:
         """A transformer over the cells of a convolutional stem; options `dim`, `depth`, `heads`."""
+        from fmdeploy.models.blocks import GROUPS
         from fmdeploy.models.classifier import TransformerClassifier
 
-        sizes = {key: int(options.get(key, value)) for key, value in (("dim", 64), ("depth", 2), ("heads", 2))}
+        sizes = {"dim": 64, "depth": 2, "heads": 2, **options}
+        if unknown := sorted(set(sizes) - {"dim", "depth", "heads"}):
+            raise ConfigError(f"has no size {unknown[0]!r}", where="teacher", expected="dim, depth, heads")
+        if sizes["dim"] % sizes["heads"] or sizes["dim"] % GROUPS:
+            raise ConfigError("the sizes do not fit together", where="teacher", found=sizes,
+                              expected=f"dim a multiple of heads and of {GROUPS}")
         return TransformerClassifier(self.image_shape[0], self.num_classes, self.image_shape[1], **sizes)
 
     def student(self, name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -68,7 +68,8 @@ def save_checkpoint(folder: Path, state: TrainingState, step: int) -> Path:
     target = folder / f"checkpoint-{step:08d}.safetensors"
     unfinished = target.with_suffix(".tmp")
     scaler = state.scaler.state_dict() if state.scaler is not None else {}
-    tensors = {name: value.detach().to("cpu").contiguous() for name, value in state.tensors().items()}
+    # A copy of each: tied weights are one storage under two names, which safetensors refuses.
+    tensors = {name: value.detach().to("cpu").contiguous().clone() for name, value in state.tensors().items()}
     save_file(tensors, unfinished, metadata={"step": str(step), "scaler": json.dumps(scaler)})
     with unfinished.open("rb") as stream:
         os.fsync(stream.fileno())

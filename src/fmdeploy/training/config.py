@@ -16,7 +16,8 @@ class TrainingConfig(StageConfig):
 
     steps: int = Field(default=800, ge=1, description="optimiser steps")
     batch: int = Field(default=16, ge=1, description="samples a step, over all processes and accumulated parts")
-    accumulation: int = Field(default=1, ge=1, description="parts a step's batch is cut into, to save memory")
+    accumulation: int = Field(default=1, ge=1, description=(
+        "parts a step's batch is cut into, to save memory; Dice and BatchNorm then see one part at a time"))
     lr: float = Field(default=2e-3, gt=0, description="peak learning rate")
     warmup: float = Field(default=0.08, ge=0, le=1, description="share of the steps in which the rate rises")
     weight_decay: float = Field(default=0.02, ge=0, description="AdamW decay of matrices and kernels")
@@ -25,7 +26,7 @@ class TrainingConfig(StageConfig):
     mirror: bool = Field(default=True, description="mirror half of the samples, where the task has a mirror image")
     precision: Precision = Field(default="auto", description="arithmetic; auto: what this device is fast at")
     channels_last: bool = Field(default=False, description="lay kernels out channels-last, which some devices prefer")
-    seed: int = Field(default=0, ge=0, description="of initial weights, order of samples and augmentation")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of initial weights, order of samples and augmentation")
     checkpoint_every: Annotated[int, RunOnly()] = Field(default=100, ge=1, description="steps between checkpoints")
 
     @model_validator(mode="after")

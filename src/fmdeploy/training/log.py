@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ class StepLog:
         self.path = path
         if path is not None:
             lines = path.read_text(encoding="utf-8").splitlines()[:done] if path.is_file() else []
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            unfinished = path.with_name(f".{path.name}.tmp")
+            unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            os.replace(unfinished, path)  # a kill while resuming must not cost the first records
 
     def write(self, records: Sequence[Mapping[str, float]]) -> None:
         """Append one line for each record; a number that is not finite becomes null."""

@@ -197,7 +197,7 @@ class Run:
         kept = f"The last good checkpoint is {found.name}" if found else "No checkpoint was written yet"
         return DivergedError(
             f"the loss or its gradient is not finite at step {step}", where=self.job.title,
-            fix=f"{kept}. Run again with a smaller --lr (now {self.config.lr:g}) or --precision fp32",
+            fix=f"{kept}. Start over with a smaller --lr (now {self.config.lr:g}) or --precision fp32",
         )
 
 

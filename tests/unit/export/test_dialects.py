@@ -14,17 +14,17 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from fmdeploy.errors import ModelFileError
+from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.export import dialects
 from fmdeploy.export.dialects import cpu_dialect, is_non_negative, quantised_weight
 from fmdeploy.export.fused import fused_ops
 from fmdeploy.export.graph import DQ, Graph, Q, save_model
-from fmdeploy.export.isa import Isa, saturating_layers, this_cpu
+from fmdeploy.export.isa import saturating_layers
 from fmdeploy.export.onnx import export_onnx
 from fmdeploy.export.session import ort_predictor
 from fmdeploy.iospec import IOSpec
 from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.ptq import ptq
-from fmdeploy.quantize.sqnr import sqnr_db
 from support.quantize_nets import NETS, concat, samples_of
 
 CASES = {"bev": (13, 6), "residual": (2, 1), "concat": (3, 0), "vit": (1, 0)}  # quantised convs and residual adds

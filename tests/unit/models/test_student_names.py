@@ -78,13 +78,13 @@ def test_timm_says_what_to_install() -> None:
 
 def test_a_callable_of_the_users_becomes_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_students.py").write_text(
-        "from torch import nn\ndef tiny(width=4):\n    return nn.Conv2d(8, width, 1)\nnot_a_module = dict\n"
+        "from torch import nn\ndef tiny(width=4) -> nn.Module:\n    return nn.Conv2d(8, width, 1)\nnot_a_module = dict\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     student = BEV.student("my_students:tiny", {"width": 7})
     assert isinstance(student, nn.Conv2d)
     assert student.out_channels == 7
-    with pytest.raises(ConfigError, match=r"not a torch\.nn\.Module"):
+    with pytest.raises(ConfigError, match="annotated to return one"):
         BEV.student("my_students:not_a_module", {})
     with pytest.raises(ConfigError, match="PYTHONPATH"):
         BEV.student("my_students:missing", {})

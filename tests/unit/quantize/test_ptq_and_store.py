@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from fmdeploy.errors import InputError, ModelFileError
+from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
 from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import input_list
 from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.build import rebuild, tracing_example
 from fmdeploy.quantize.ptq import QuantisedStudent, ptq
-from fmdeploy.quantize.sqnr import finite_db, sqnr_db
 from fmdeploy.quantize.store import load_state, save_state
 from fmdeploy.quantize.trace import as_tuple
 from support.quantize_nets import NETS, Residual, image_net, samples_of

@@ -12,11 +12,11 @@ from torch import nn
 
 from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ConfigError
+from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.models import predictor
 from fmdeploy.quantize.calibrate import draw
 from fmdeploy.quantize.ptq import QuantisedStudent, ptq
 from fmdeploy.quantize.qat import qat
-from fmdeploy.quantize.sqnr import sqnr_db
 from fmdeploy.task import load_task
 from fmdeploy.training.config import TrainingConfig
 from support.training_data import write_scenes

@@ -1,0 +1,49 @@
+"""Is an evaluation on samples that the model already knows? Then its numbers say nothing about the road."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fmdeploy.artifact import Artifact
+from fmdeploy.data.format import Dataset
+from fmdeploy.evaluate.gates import Result, Row
+from fmdeploy.manifest import Parent
+
+NAME = "evaluation samples seen in training or calibration"
+TRAINING = "train"
+
+
+def seen_row(bundle: Artifact, data: Dataset, ids: Sequence[str]) -> Row:
+    """Return a row that fails when samples of the evaluation calibrated or trained what is in the bundle.
+
+    Args:
+        bundle: A BUNDLE; its calibration.json names samples, its lineage names datasets.
+        data: What is evaluated on; its training split counts only where the bundle descends from this very dataset.
+        ids: Names of the evaluated samples, `<sequence>/<frame>`.
+    """
+    calibrated = set(ids) & set(_calibration_samples(bundle))
+    trained = set(ids) & set(_training_samples(bundle, data, ids))
+    reasons = [f"{len(samples)} samples are of the {what}, such as {min(samples)}"
+               for what, samples in (("calibration set", calibrated), ("training split", trained)) if samples]
+    result = Result.FAIL if reasons else Result.PASS
+    return Row(NAME, result, float(len(calibrated | trained)), 0.0, "samples", n_samples=len(ids),
+               reason="; ".join(reasons))
+
+
+def _calibration_samples(bundle: Artifact) -> list[str]:
+    found = bundle.json("calibration.json") if bundle.has("calibration.json") else {}
+    return [str(name) for name in found.get("samples", ())] if isinstance(found, dict) else []
+
+
+def _training_samples(bundle: Artifact, data: Dataset, ids: Sequence[str]) -> list[str]:
+    if data.digest not in {parent.digest for parent in lineage(bundle.inputs)}:
+        return []
+    sequences = set(data.splits.get(TRAINING, ()))
+    return [name for name in ids if (name.rpartition("/")[0] or name) in sequences]
+
+
+def lineage(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
+    """Yield every artifact that something was made from, directly or not."""
+    for parent in inputs.values():
+        yield parent
+        yield from lineage(parent.inputs)
