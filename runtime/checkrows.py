@@ -74,8 +74,8 @@ def _invalid_rows(tier: CheckedTier, budget: AccuracyBudget) -> list[Row]:
     """On the road an invalid frame is no perception, however good its outputs are."""
     if tier.evaluation is None:
         return []  # the self-test row says why
-    return [limit_gate(f"{tier.name} share of clean frames not valid", tier.invalid_share, budget.max_invalid_share, "1",
-                       n_samples=len(tier.evaluation))]
+    name, frames = f"{tier.name} share of clean frames not valid", len(tier.evaluation)
+    return [limit_gate(name, tier.invalid_share, budget.max_invalid_share, "1", n_samples=frames)]
 
 
 def prefer(tiers: Sequence[CheckedTier], rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> Preference:

@@ -14,7 +14,7 @@ that is what `min_slice_samples` is for: a smaller slice is reported as not meas
 `required_slices` names it.
 
 Why a number of groups. An interval from a handful of simulations is too narrow whatever its formula: with 2 to 4 groups
-a drop of exactly the limit passes up to 26 % of the time, with 6 about 3 %. Below `min_groups` a point estimate may
+a drop of exactly the limit passes up to 26 % of the time, with 6 about 4 %. Below `min_groups` a point estimate may
 still fail, but nothing can pass.
 """
 

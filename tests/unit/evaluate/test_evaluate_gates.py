@@ -24,24 +24,24 @@ from fmdeploy.evaluate.gates import (
 from support.evaluations import MeanMetric, evaluation
 
 
-def _interval(value: float, low: float, high: float, samples: int = 1000) -> Interval:
-    return Interval(value, low, high, samples, 50)
+def _interval(value: float, low: float, high: float, samples: int = 1000, groups: int = 50) -> Interval:
+    return Interval(value, low, high, samples, groups)
 
 
 def test_drop_passes_only_when_the_interval_is_below_the_limit() -> None:
-    assert drop_gate("d", _interval(0.004, 0.001, 0.007), 0.01, min_samples=100).result is Result.PASS
-    assert drop_gate("d", _interval(0.02, 0.015, 0.025), 0.01, min_samples=100).result is Result.FAIL
+    assert drop_gate("d", _interval(0.004, 0.001, 0.007), 0.01, min_samples=100, min_groups=6).result is Result.PASS
+    assert drop_gate("d", _interval(0.02, 0.015, 0.025), 0.01, min_samples=100, min_groups=6).result is Result.FAIL
 
 
 def test_inconclusive_is_not_measured() -> None:
-    row = drop_gate("d", _interval(0.008, 0.001, 0.015), 0.01, min_samples=100)
+    row = drop_gate("d", _interval(0.008, 0.001, 0.015), 0.01, min_samples=100, min_groups=6)
     assert row.result is Result.NOT_MEASURED
     assert "too few scenes" in row.reason
     assert row.blocks
 
 
 def test_improvement_passes_a_zero_limit() -> None:
-    assert drop_gate("d", _interval(-0.02, -0.03, -0.01), 0.0, min_samples=100).result is Result.PASS
+    assert drop_gate("d", _interval(-0.02, -0.03, -0.01), 0.0, min_samples=100, min_groups=6).result is Result.PASS
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_improvement_passes_a_zero_limit() -> None:
     ids=["empty", "tiny", "nan", "nan interval"],
 )
 def test_empty_tiny_and_nan_are_not_measured(interval: Interval) -> None:
-    row = drop_gate("d", interval, 0.01, min_samples=100)
+    row = drop_gate("d", interval, 0.01, min_samples=100, min_groups=6)
     assert row.result is Result.NOT_MEASURED
     assert row.reason
     assert not gates_pass([row])
@@ -122,7 +122,7 @@ def test_required_slice_that_does_not_exist_is_not_measured() -> None:
 
 
 def test_rows_survive_json() -> None:
-    row = drop_gate("d", _interval(0.008, 0.001, 0.015), 0.01, min_samples=100, part="rare", required=False)
+    row = drop_gate("d", _interval(0.008, 0.001, 0.015), 0.01, min_samples=100, min_groups=6, part="rare", required=False)
     assert Row.from_json(row.to_json()) == row
     assert row.title == "d [rare]"
 
@@ -139,3 +139,55 @@ def test_false_pass_rate_at_the_limit() -> None:
                            _budget())
         passed += row.result is Result.PASS
     assert passed / 300 <= 0.06
+
+
+@pytest.mark.parametrize(("groups", "most"), [(6, 0.06), (8, 0.05)])
+def test_false_pass_rate_with_few_groups(groups: int, most: float) -> None:
+    """The smallest numbers of simulations that may pass at all keep the promised error rate, nearly."""
+    rng = np.random.default_rng(groups)
+    passed, cluster = 0, np.repeat(np.arange(groups), 5)
+    for _ in range(300):
+        before = rng.normal(1, 0.1, size=5 * groups)
+        after = before - 0.03 + np.repeat(rng.normal(0, 0.03, size=groups), 5) + rng.normal(0, 0.01, size=5 * groups)
+        row = overall_gate("d", evaluation(before, groups=cluster), evaluation(after, groups=cluster), MeanMetric(), 0.03,
+                           _budget())
+        passed += row.result is Result.PASS
+    assert passed / 300 <= most
+
+
+def test_too_few_groups_cannot_pass_but_can_fail() -> None:
+    row = drop_gate("d", _interval(0.001, 0.0, 0.002, groups=5), 0.01, min_samples=100, min_groups=6)
+    assert (row.result, row.reason) == (Result.NOT_MEASURED, "5 independent groups, 6 needed")
+    assert drop_gate("d", _interval(0.5, 0.4, 0.6, groups=5), 0.01, min_samples=100, min_groups=6).result is Result.FAIL
+    assert drop_gate("d", _interval(0.5, math.nan, math.nan, groups=1), 0.01, min_samples=100,
+                     min_groups=6).result is Result.NOT_MEASURED
+    same = evaluation([1.0] * 100, groups=np.arange(100) % 4)
+    assert overall_gate("d", same, same, MeanMetric(), 0.1, _budget()).reason == "4 independent groups, 6 needed"
+    assert overall_gate("d", same, same, MeanMetric(), 0.1, _budget(min_groups=4)).result is Result.PASS
+
+
+def _rare(labels: list[str]) -> Evaluation:
+    return evaluation([1.0] * 120, slices={"rare": np.array(labels + ["none"] * (120 - len(labels)))})
+
+
+def test_a_sample_that_is_not_rare_does_not_stand_for_a_rare_one() -> None:
+    """120 samples of which 4 are rare: requiring the axis must not be met by the 116 others."""
+    few = _rare(["cut-in", "cut-in", "near-collision", "near-collision"])
+    rows = slice_gates("d", few, few, MeanMetric(), 0.03, _budget(slices=("rare",), required_slices=("rare",)))
+    assert {row.slice: (row.result, row.required) for row in rows} == {
+        "rare": (Result.NOT_MEASURED, True), "rare=cut-in": (Result.NOT_MEASURED, False),
+        "rare=near-collision": (Result.NOT_MEASURED, False)}
+    assert not gates_pass([*rows, limit_gate("p50", 1.0, 2.0, "ms")])
+    none = _rare([])
+    rows = slice_gates("d", none, none, MeanMetric(), 0.03, _budget(slices=("rare",), required_slices=("rare",)))
+    assert [(row.slice, row.reason) for row in rows] == [("rare", "0 samples, 20 needed")]
+    many = _rare(["cut-in", "near-collision"] * 20)
+    rows = slice_gates("d", many, many, MeanMetric(), 0.03, _budget(slices=("rare",), required_slices=("rare",)))
+    assert gates_pass(rows)
+    assert next(row for row in rows if row.slice == "rare").n_samples == 40
+
+
+def test_a_required_axis_without_none_needs_each_of_its_slices() -> None:
+    before, after = _pair(0.0)
+    rows = slice_gates("d", before, after, MeanMetric(), 0.03, _budget(required_slices=("weather",), min_slice_samples=70))
+    assert {row.slice for row in rows if row.blocks} == {"weather=clear", "weather=fog"}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
+from fmdeploy.cpu import Isa, this_cpu
 from fmdeploy.errors import ModelFileError
 from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.export import dialects
@@ -178,6 +179,26 @@ def test_vnni_is_read_from_cpuinfo(flags: str, exact: bool, tmp_path: Path, monk
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\n")
     assert this_cpu(tmp_path / "cpuinfo") == Isa("x86_64", exact)
     assert this_cpu(tmp_path / "none") == Isa("x86_64", False)
+
+
+def _matmul(weight: np.ndarray[Any, Any], axis: int) -> ModelProto:
+    """A layer that reads a signed uint8 tensor, with int8 weights (in, out) scaled along `axis`."""
+    scales = np.ones(weight.shape[axis], np.float32)
+    tensors = {"s": np.float32(0.1), "z": np.uint8(128), "w": weight, "ws": scales, "wz": np.zeros(scales.shape, np.int8)}
+    nodes = [helper.make_node(Q, ["x", "s", "z"], ["q"]), helper.make_node(DQ, ["q", "s", "z"], ["a"]),
+             helper.make_node(DQ, ["w", "ws", "wz"], ["b"], axis=axis), helper.make_node("MatMul", ["a", "b"], ["y"], name="mm")]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, size]) for n, size in (("x", 2), ("y", 3))]
+    initial = [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()]
+    return helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:], initial),
+                             opset_imports=[helper.make_opsetid("", 18)])
+
+
+def test_pairs_that_saturate_are_looked_for_along_the_output_channels() -> None:
+    """Two large weights meet in a sum only where they belong to one output: a column of (in, out), not a row."""
+    row, column = np.array([[127, 127, 0], [0, 0, 0]], np.int8), np.array([[127, 0, 0], [127, 0, 0]], np.int8)
+    assert saturating_layers(_matmul(column, axis=1)) == ("mm",)
+    assert saturating_layers(_matmul(row, axis=1)) == (), "one weight a column: 127 * 255 fits"
+    assert saturating_layers(_matmul(row, axis=0)) == ("mm",)
 
 
 def test_arm_multiplies_exactly(monkeypatch: pytest.MonkeyPatch) -> None:

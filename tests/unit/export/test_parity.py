@@ -37,9 +37,9 @@ def test_a_fine_comparison_passes() -> None:
     require_parity(FINE)
 
 
-@pytest.mark.parametrize("ratio", [34.9, float("-inf"), float("nan")])
+@pytest.mark.parametrize("ratio", [39.9, float("-inf"), float("nan")])
 def test_too_much_noise_fails(ratio: float) -> None:
-    with pytest.raises(GateError, match=r"differs from torch fake-quant in output 'logits' \(expected >= 35 dB") as caught:
+    with pytest.raises(GateError, match=r"differs from torch fake-quant in output 'logits' \(expected >= 40 dB") as caught:
         require_parity(replace(FINE, sqnr_db={"other": 50.0, "logits": ratio}))
     assert caught.value.exit_code == 1
 
@@ -48,6 +48,20 @@ def test_a_moved_metric_fails_and_few_samples_are_forgiven_two() -> None:
     with pytest.raises(GateError, match="differs from torch fake-quant in accuracy"):
         require_parity(replace(FINE, value=0.89))
     require_parity(replace(FINE, value=0.75, num_samples=10))
+
+
+def test_modules_alone_have_a_lower_floor() -> None:
+    require_parity(replace(FINE, sqnr_db={"logits": 36.0}, by_modules=True))
+    assert replace(FINE, by_modules=True).floor_db == 35
+    assert replace(FINE, variant="fp32", by_modules=True).floor_db == 60
+
+
+def test_a_metric_that_became_undefined_fails() -> None:
+    nan = float("nan")
+    for value, reference in ((nan, 0.9), (0.9, nan), (float("inf"), 0.9)):
+        with pytest.raises(GateError, match="in accuracy"):
+            require_parity(replace(FINE, value=value, reference_value=reference))
+    require_parity(replace(FINE, value=nan, reference_value=nan))
 
 
 def test_comparison_is_in_the_units_of_the_field() -> None:

@@ -14,11 +14,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from fmdeploy.cpu import Isa
 from fmdeploy.draft import Draft
 from fmdeploy.errors import ArtifactError, MissingError, ModelFileError
-from fmdeploy.runtime import Runtime, open_bundle
+from fmdeploy.runtime import Runtime, open_bundle, tiers
 from fmdeploy.runtime.onnxrt import OrtBackend
-from fmdeploy.runtime.tiers import admit_tier, sqnr_db
+from fmdeploy.runtime.tiers import admit_tier
 from support.bundles import fp32_model, inputs, int8_model, make_bundle, run_model
 from support.runtimes import frame, runtime, toy_bundle
 
@@ -126,13 +127,21 @@ def test_missing_provider_is_an_error_not_a_fallback() -> None:
     assert caught.value.exit_code == 3
 
 
-def test_sqnr() -> None:
-    ones = np.ones((4,), np.float32)
-    assert sqnr_db(ones, ones[None]) == np.inf
-    assert sqnr_db(ones, ones[None] * 0.9) == pytest.approx(20, abs=1e-4)
-    assert sqnr_db(ones, ones) == -np.inf, "a missing batch axis"
-    assert sqnr_db(ones, ones[None] * np.nan) == -np.inf
-    assert sqnr_db(ones * 0, ones[None]) == -np.inf
+def test_a_cpu_that_saturates_is_refused_whatever_the_golden_vectors_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(draft: Draft) -> None:
+        index = json.loads(draft.path("golden.json").read_text())
+        draft.write_json("golden.json", {**index, "saturates_without_vnni": ["/stem/Conv", "/head/Conv"]})
+
+    bundle = open_bundle(make_bundle(tmp_path / "b", change=change).root)
+    monkeypatch.setattr(tiers, "this_cpu", lambda: Isa("x86_64", True))
+    assert Runtime(bundle).tier == "int8-cpu"
+    monkeypatch.setattr(tiers, "this_cpu", lambda: Isa("x86_64", False))
+    found = Runtime(bundle)
+    assert found.tier == "fp32"
+    assert found.reports[0].reason == "this CPU has no VNNI: 8-bit products may saturate in 2 layers, such as /stem/Conv"
+    assert Runtime(toy_bundle()).tier == "int8-cpu", "no layer of that one saturates"
 
 
 def test_two_runs_are_bit_equal() -> None:
