@@ -122,15 +122,17 @@ def report(folder: Path, feeds: Arrays, runs: int) -> None:
 
 
 def measure(sessions: dict[str, Any], feeds: Arrays, runs: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Seconds of each run (runs,), the sessions taking turns."""
+    """Seconds of each run (runs,), the sessions taking turns in an order that turns, too: a run leaves its mark."""
     for session in sessions.values():
         for _ in range(WARM_UP):
             session.run(None, feeds)
     found: dict[str, list[float]] = defaultdict(list)
-    for _ in range(runs):
-        for name, session in sessions.items():
+    names = list(sessions)
+    for number in range(runs):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
             started = time.perf_counter()
-            session.run(None, feeds)
+            sessions[name].run(None, feeds)
             found[name].append(time.perf_counter() - started)
     return {name: np.asarray(row) for name, row in found.items()}
 

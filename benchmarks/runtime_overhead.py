@@ -2,8 +2,9 @@
 
     python benchmarks/runtime_overhead.py [--bundle DIR] [--runs N]
 
-Rounds of bare, infer, bare in one process; `control` is bare against bare (A/A). Without `--bundle` it uses a small
-convolutional model with the demo task's inputs: lidar (8, 64, 64) and camera (12, 64, 64), 328 kB of float32.
+Rounds of bare, infer, bare in one process, in all orders in turn; `control` is bare against bare (A/A). Without
+`--bundle` it uses a small convolutional model with the demo task's inputs: lidar (8, 64, 64) and camera (12, 64, 64),
+328 kB of float32.
 Target: overhead at most 50 µs at the median. Guard lines are measured right after a model run, that is with the caches
 as a run leaves them.
 """

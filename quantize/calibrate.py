@@ -186,7 +186,8 @@ def calibrate(
         if low == high:
             changed[name] = torch.full_like(amax[name], max(abs(low), TINY) if low else AMAX_OF_ZERO)
         ranges[row.quantizer] = Range(low, high, float(changed[name]))
-    modelopt.set_ranges(module, changed)
+    if any(row.low == row.high for row in ranges.values()):
+        modelopt.set_ranges(module, changed)
     return Calibration(calibration_set.data, calibration_set.digest, calibration_set.seed, calibration_set.ids, ranges)
 
 

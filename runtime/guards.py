@@ -86,7 +86,7 @@ class InputGuard:
     def fatal(self, value: Array) -> Finding | None:
         """Find values that are not finite or out of range."""
         if self._high_bits is not None:
-            fine = int(np.maximum.reduce(value.view(np.uint32), axis=None)) <= self._high_bits
+            fine = int(np.maximum.reduce(value.reshape(-1).view(np.uint32))) <= self._high_bits
         elif self.spec.value_range is not None:
             low, high = self.spec.value_range
             # NaN spreads through both reductions and fails both comparisons.

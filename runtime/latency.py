@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +85,9 @@ def speedup(slow_ms: Times, fast_ms: Times) -> Speedup:
 def measure_overhead(runtime: Runtime, frames: Sequence[Arrays], runs: int) -> dict[str, Any]:
     """Return the cost of `Runtime.infer` over the bare session, in microseconds, with an A/A control.
 
-    Rounds of bare, infer, bare again; the overhead is the median of infer minus the mean of its two neighbours.
+    A round is infer and twice the bare session, in an order that runs through all six: a call that follows another
+    finds its caches and its memory, and so no side always follows the same one. The overhead is the median of infer
+    minus the mean of the round's two bare runs, the control that of one bare run minus the other.
     """
     session, names = runtime.backend.session, runtime.backend.output_names
     feeds = [{name: array[None] for name, array in frame.items()} for frame in frames]
@@ -93,23 +96,25 @@ def measure_overhead(runtime: Runtime, frames: Sequence[Arrays], runs: int) -> d
     def bare(number: int) -> object:
         return session.run(names, feeds[number % len(feeds)])
 
-    rows = []
+    orders = list(itertools.permutations(range(3)))
+    sides = bare, infer, bare
+    rows = np.empty((runs, 3))
     for number in range(-WARM_UP, runs):
-        ticks = [time.perf_counter_ns()]
-        for call in (bare, infer, bare):
-            call(number)
-            ticks.append(time.perf_counter_ns())
-        if number >= 0:
-            rows.append(np.diff(ticks) / 1e3)
-    before, guarded, after = np.asarray(rows).T
-    around = (before + after) / 2
+        for side in orders[number % len(orders)]:
+            start = time.perf_counter_ns()
+            sides[side](number)
+            elapsed = time.perf_counter_ns() - start
+            if number >= 0:
+                rows[number, side] = elapsed / 1e3
+    one, guarded, other = rows.T
+    bare_us = (one + other) / 2
     return {
         "runs": runs,
-        "bare_us": float(np.median(around)),
+        "bare_us": float(np.median(bare_us)),
         "infer_us": float(np.median(guarded)),
-        "overhead_us": float(np.median(guarded - around)),
-        "ratio": float(np.median(guarded / around)),
-        "control_us": float(np.median(after - before)),
+        "overhead_us": float(np.median(guarded - bare_us)),
+        "ratio": float(np.median(guarded / bare_us)),
+        "control_us": float(np.median(other - one)),
     }
 
 

@@ -106,6 +106,16 @@ def test_ambiguous_shape_needs_a_layout() -> None:
     guards.structure(frame_16, {"lidar": "CHW"})
 
 
+def test_a_layout_that_is_given_must_be_right() -> None:
+    """Also where the shape alone would do: the caller believes something that is not so."""
+    target = runtime()
+    with pytest.raises(FrameError, match=r"'lidar': has the wrong layout \(expected CHW, found HWC\)"):
+        target.infer(frame(), layouts={"lidar": "HWC"})
+    with pytest.raises(FrameError, match="a layout is given for an input that io.json lacks"):
+        target.infer(frame(), layouts={"lider": "CHW"})
+    assert target.infer(frame(), layouts={"lidar": "CHW"}).valid
+
+
 def test_vectors_and_integers_are_guarded_too() -> None:
     speed = TensorSpec(name="speed", shape=(3,), value_range=(-50.0, 50.0))
     image = TensorSpec(name="image", dtype="uint8", shape=(3, 4, 4), layout="CHW")

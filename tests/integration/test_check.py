@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fmdeploy.artifact import open_artifact
+from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import Outcome
 from fmdeploy.data.format import open_dataset
 from fmdeploy.draft import Draft
@@ -73,11 +73,51 @@ def test_accuracy_is_that_of_the_bare_model(bundle: Path, data: Path, tmp_path: 
         assert artifact.json("check.json")["values"][variant]["iou"] == bare.value(metric)
 
 
-def test_second_check_of_the_same_is_not_repeated(bundle: Path, data: Path, tmp_path: Path) -> None:
+def test_a_measurement_is_never_taken_from_the_shelf(bundle: Path, data: Path, tmp_path: Path) -> None:
     first = _check(bundle, data, tmp_path / "c")
-    second = _check(bundle, data, tmp_path / "c")
-    assert first.data["digest"] == second.data["digest"]
-    assert (first.exit_code, second.exit_code) == (0, 0)
+    with pytest.raises(ArtifactError, match="already exists, and a measurement is not repeated unasked"):
+        _check(bundle, data, tmp_path / "c")
+    assert open_artifact(tmp_path / "c").digest == first.data["digest"]
+    second = _check(bundle, data, tmp_path / "c", again=True)
+    assert second.exit_code == 0
+    assert second.data["digest"] != first.data["digest"], "other latencies"
+    assert second.data["path"] == str(tmp_path / "c")
+    assert open_artifact(tmp_path / "c").digest == second.data["digest"]
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_check_says_what_it_was_measured_with(bundle: Path, data: Path, tmp_path: Path) -> None:
+    _check(bundle, data, tmp_path / "c", runs=30)
+    request = open_artifact(tmp_path / "c").manifest.config
+    assert request["processor"]
+    assert request["num_cpus"] >= 1
+    assert set(request["packages"]) == {"onnxruntime", "numpy"}
+
+
+def test_only_a_check_is_replaced(bundle: Path, data: Path, tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "b").digest
+    with pytest.raises(ArtifactError, match=r"is not a CHECK that may be replaced \(expected CHECK of check, found BUNDLE"):
+        _check(bundle, data, tmp_path / "b", again=True)
+    assert open_artifact(tmp_path / "b").digest == other
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(ArtifactError):
+        _check(bundle, data, tmp_path / "mine", again=True)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "x"
+
+
+def test_a_failed_repetition_keeps_the_old_check(bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    first = _check(bundle, data, tmp_path / "c", runs=30)
+
+    def broken(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fmdeploy.runtime.check.measure_latency", broken)
+    with pytest.raises(KeyboardInterrupt):
+        _check(bundle, data, tmp_path / "c", runs=30, again=True)
+    assert open_artifact(tmp_path / "c").digest == first.data["digest"]
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_failing_gate_exits_1_and_the_check_is_still_written(bundle: Path, data: Path, tmp_path: Path) -> None:
@@ -91,8 +131,6 @@ def test_failing_gate_exits_1_and_the_check_is_still_written(bundle: Path, data:
     assert found.data["preferred"]["tier"] == "fp32", "INT8 outside its budget does not serve"
     assert "not preferred" in found.data["preferred"]["reason"]
     assert open_artifact(tmp_path / "c").has("junit.xml")
-    again = _check(bundle, data, tmp_path / "c", budgets=strict)
-    assert again.exit_code == 1, "a check that is up to date keeps its verdict"
 
 
 def test_missing_teacher_is_not_measured(bundle: Path, data: Path, tmp_path: Path) -> None:
@@ -156,13 +194,15 @@ def test_budget_of_another_machine_is_not_measured(bundle: Path, data: Path, tmp
 
 def test_refused_tier_fails_the_check(data: Path, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", models={"fp32": fp32_model()})
-    found = _check(bundle.root, data, tmp_path / "c")
+    found = _check(bundle.root, data, tmp_path / "c", tiers=("int8-cpu", "fp32"))
     rows = _rows(found)
     assert rows["int8-cpu self-test"]["result"] == "fail"
     assert "no model.int8-cpu.onnx" in rows["int8-cpu iou drop vs fp32"]["reason"]
     assert found.data["preferred"]["tier"] == "fp32"
     assert found.exit_code == 1
-    assert _check(bundle.root, data, tmp_path / "c2", tiers=("fp32",)).exit_code == 0
+    by_default = _check(bundle.root, data, tmp_path / "c2")
+    assert by_default.exit_code == 0, "a bundle that never had INT8 is checked for what it has"
+    assert set(by_default.data["tiers"]) == {"fp32"}
 
 
 def test_bad_requests(bundle: Path, data: Path, tmp_path: Path) -> None:
@@ -179,6 +219,103 @@ def test_bad_requests(bundle: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split"):
         _check(bundle, data, tmp_path / "c", split="validation")
     assert not (tmp_path / "c").exists()
+
+
+def _split(out: Path, data: Path, **splits: np.ndarray[Any, Any]) -> Artifact:
+    """The toy dataset's samples in groups of four, in other splits."""
+    from fmdeploy.data.from_arrays import write_arrays
+
+    samples = ToyTask().samples(open_dataset(data), "test")
+    inputs, targets = samples.batch(np.arange(len(samples)))
+    return write_arrays(out, {**inputs, **targets}, splits, groups=np.arange(len(samples)) // 4)
+
+
+SEEN = "evaluation samples seen in training or calibration"
+
+
+@pytest.mark.parametrize(("split", "result"), [("test", "pass"), ("val", "pass"), ("train", "fail"), ("all", "fail")])
+def test_training_data_do_not_pass(data: Path, tmp_path: Path, split: str, result: str) -> None:
+    """A bundle that descends from the dataset, checked on every split of it."""
+    numbers = np.arange(96)
+    known = _split(tmp_path / "d", data, train=numbers[:32], val=numbers[32:64], test=numbers[64:])
+    bundle = make_bundle(tmp_path / "b", parents={"data": known})
+    found = _check(bundle.root, known.root, tmp_path / "c", split=split)
+    row = _rows(found)[SEEN]
+    assert (row["result"], row["n_samples"]) == (result, 96 if split == "all" else 32)
+    assert found.exit_code == (0 if result == "pass" else 1)
+    if result == "fail":
+        assert row["value"] == 32
+        assert "32 samples are of the training split, such as train-0/0" in row["reason"]
+        assert found.data["preferred"]["tier"] is not None
+
+
+def test_calibration_samples_do_not_pass(data: Path, tmp_path: Path) -> None:
+    """Whatever split they stand in now, and whatever dataset they came from."""
+    seen = ToyTask().samples(open_dataset(data), "test").ids[5]
+    bundle = make_bundle(tmp_path / "b", change=lambda draft: draft.write_json("calibration.json", {"samples": [seen]}))
+    found = _check(bundle.root, data, tmp_path / "c")
+    assert found.exit_code == 1
+    assert _rows(found)[SEEN]["reason"] == f"1 samples are of the calibration set, such as {seen}"
+
+
+def test_teacher_is_found_for_the_validation_split_too(data: Path, tmp_path: Path) -> None:
+    numbers = np.arange(96)
+    known = _split(tmp_path / "d", data, train=numbers[:0], val=numbers[:48], test=numbers[48:])
+    opened, task = open_dataset(known.root), ToyTask()
+
+    def with_teacher(draft: Draft) -> None:
+        for split, name in (("test", "teacher_evaluation"), ("val", "teacher_validation")):
+            evaluate(lambda inputs: run_model(fp32_model(), inputs), task.samples(opened, split), task.metrics(),
+                     data=data_key(opened.digest, split)).save(draft, name)
+
+    bundle = make_bundle(tmp_path / "b", change=with_teacher, limits=budgets(max_drop_vs_teacher=0.5))
+    found = _check(bundle.root, known.root, tmp_path / "c", split="val")
+    row = _rows(found)["fp32 iou drop vs teacher"]
+    assert (row["result"], row["n_samples"]) == ("pass", 48)
+
+
+@pytest.mark.parametrize(("dull", "result"), [(0, "pass"), (2, "fail")])
+def test_frames_that_the_guards_reject_do_not_count_silently(data: Path, tmp_path: Path, dull: int, result: str) -> None:
+    """Two black camera frames of 96 give outputs and a good score, but on the road the runtime would call them invalid."""
+    from fmdeploy.data.from_arrays import write_arrays
+
+    samples = ToyTask().samples(open_dataset(data), "test")
+    inputs, targets = samples.batch(np.arange(96))
+    inputs["camera"][:dull] = 0
+    numbers = np.arange(96)
+    write_arrays(tmp_path / "d", {**inputs, **targets}, {"test": numbers}, groups=numbers // 4)
+    found = _check(make_bundle(tmp_path / "b").root, tmp_path / "d", tmp_path / "c")
+    row = _rows(found)["fp32 share of clean frames not valid"]
+    assert (row["result"], row["value"], row["limit"]) == (result, pytest.approx(dull / 96), 0.01)
+    assert found.exit_code == (0 if result == "pass" else 1)
+    assert found.data["tiers"]["fp32"]["flags"].get("LOW_INFORMATION", 0) == dull, "the example pictures do not count"
+
+
+def test_equal_samples_are_no_frozen_sensor(data: Path, tmp_path: Path) -> None:
+    from fmdeploy.data.from_arrays import write_arrays
+
+    samples = ToyTask().samples(open_dataset(data), "test")
+    inputs, targets = samples.batch(np.repeat(np.arange(4), 24))
+    write_arrays(tmp_path / "d", {**inputs, **targets}, {"test": np.arange(96)}, groups=np.arange(96) // 4)
+    found = _check(make_bundle(tmp_path / "b").root, tmp_path / "d", tmp_path / "c")
+    assert _rows(found)["fp32 share of clean frames not valid"]["value"] == 0
+    assert found.exit_code == 0
+
+
+def test_compare_does_not_mix_threads_or_metrics(bundle: Path, data: Path, tmp_path: Path) -> None:
+    _check(bundle, data, tmp_path / "one")
+    _check(bundle, data, tmp_path / "two", threads=2)
+    limits = tmp_path / "b.toml"
+    limits.write_text(budgets(metric="scene_accuracy").to_toml())
+    _check(bundle, data, tmp_path / "other", budgets=limits)
+    options: dict[str, Any] = {"deployed": tmp_path / "one", "tier": "fp32", "min_samples": 20, "min_slice_samples": 20}
+    threads = compare(candidate=tmp_path / "two", out=tmp_path / "c1", max_latency_ratio=100.0, **options)
+    row = _rows(threads)["latency p50 ratio, candidate / deployed"]
+    assert (row["result"], row["reason"]) == ("not measured", "the checks ran with 2 and 1 threads")
+    metrics = compare(candidate=tmp_path / "other", out=tmp_path / "c2", **options)
+    assert [(row["result"], row["reason"]) for row in metrics.data["gates"]] == [
+        ("not measured", "the checks gate different metrics: scene_accuracy and iou")]
+    assert (threads.exit_code, metrics.exit_code) == (1, 1)
 
 
 def test_compare(bundle: Path, data: Path, tmp_path: Path) -> None:

@@ -144,6 +144,15 @@ def test_gitlab_job_keeps_the_exit_code(root: Path, checkable: Checkable, tmp_pa
     assert not list(tmp_path.rglob("pwned"))
 
 
+def test_gitlab_job_installs_a_pinned_source_and_hides_no_second_folder_name(root: Path) -> None:
+    job = load(root / "examples" / "ci" / "gitlab-ci.yml")["fmdeploy-check"]
+    assert re.fullmatch(r"fmdeploy\[report\] @ git\+https://git\.example\.com/\S+@v\d+\.\d+\.\d+", job["variables"]["FMDEPLOY"])
+    assert "FOLDER" not in job["variables"], "artifacts: names the folder, and it cannot read variables of the script"
+    (kept,) = job["artifacts"]["paths"]
+    assert kept.rstrip("/") in "\n".join(job["script"])
+    assert any("install" in line and " git" in line for line in job["before_script"]), "the slim image has no git"
+
+
 def test_github_example_uses_inputs_that_exist(root: Path, action: dict[str, Any]) -> None:
     workflow = load(root / "examples" / "ci" / "github.yml")
     step = workflow["jobs"]["check"]["steps"][-1]

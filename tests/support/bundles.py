@@ -140,8 +140,9 @@ def make_bundle(
     models: Mapping[str, bytes] | None = None,
     limits: Budgets | None = None,
     change: Any = None,
+    parents: Mapping[str, Artifact] | None = None,
 ) -> Artifact:
-    """Seal a BUNDLE. `change(draft)` may alter the payload before it is sealed."""
+    """Seal a BUNDLE made from `parents`. `change(draft)` may alter the payload before it is sealed."""
     variants = models or {"fp32": fp32_model(size, width), "int8-cpu": int8_model(size, width)}
     golden = inputs(4, size, seed=7)
 
@@ -161,4 +162,4 @@ def make_bundle(
         if change is not None:
             change(draft)
 
-    return produce(out, Kind.BUNDLE, stage="export", config=BundleConfig(), inputs={}, build=build)
+    return produce(out, Kind.BUNDLE, stage="export", config=BundleConfig(), inputs=parents or {}, build=build)

@@ -25,7 +25,7 @@ class Checkable:
 def make_checkable(root: Path) -> Checkable:
     """Untrained toy networks at the demo task's real size: their accuracy is poor, their agreement is not."""
     data = dataset(root / "data", sequences=24)
-    limits = Budgets(accuracy=AccuracyBudget(metric="iou", max_drop_vs_fp32=0.9, min_samples=20, slices=()),
+    limits = Budgets(accuracy=AccuracyBudget(metric="iou", max_drop_vs_fp32=0.9, min_samples=20, min_groups=4, slices=()),
                      target={"cpu": TargetBudget(p50_ms=1000.0, p99_ms=5000.0, peak_mib=4000.0)}, size_mib=8.0)
 
     def for_the_task(draft: Draft) -> None:

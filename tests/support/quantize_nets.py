@@ -78,6 +78,21 @@ class Residual(nn.Module):
         return y_BC
 
 
+class ZeroGamma(nn.Module):
+    """A residual branch that ends in a BatchNorm whose scale starts at zero, as ResNets are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.after, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = torch.relu(self.stem(x_BCHW))
+        x_BCHW = x_BCHW + torch.relu(self.norm(self.conv(x_BCHW)))
+        y_BC: Tensor = self.head(torch.relu(self.after(x_BCHW)).mean((2, 3)))
+        return y_BC
+
+
 class SkipConcat(nn.Module):
     """A concat of an up-sampled and a skipped tensor with very different ranges, behind a max-pool."""
 
@@ -156,6 +171,15 @@ def residual() -> tuple[nn.Module, IOSpec]:
 def concat() -> tuple[nn.Module, IOSpec]:
     """`SkipConcat` and its specification."""
     return image_net(SkipConcat(), outputs=((1, 2 * SIZE, 2 * SIZE),))
+
+
+def zero_gamma(shift: float = 0.0) -> tuple[nn.Module, IOSpec]:
+    """`ZeroGamma` whose branch gives `shift` everywhere, and its specification."""
+    net, io = image_net(ZeroGamma())
+    with torch.no_grad():
+        net.get_parameter("norm.weight").zero_()
+        net.get_parameter("norm.bias").fill_(shift)
+    return net, io
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, IOSpec]]] = {

@@ -11,13 +11,16 @@ import pytest
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.command import Outcome
+from fmdeploy.config import StageConfig
 from fmdeploy.data.audit import audit
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.data.phash import CLIP_THRESHOLD, near_pairs, phash, signatures
 from fmdeploy.data.record import record
 from fmdeploy.data.sequence import SequenceInfo
+from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ArtifactError, DataError, LeakageError
+from fmdeploy.manifest import Kind
 from fmdeploy.task import Arrays
 
 Plant = Callable[..., Artifact]
@@ -103,7 +106,7 @@ def test_misused_samples_are_found(recording: Dataset, tmp_path: Path) -> None:
     files = {
         "calibration": {"samples": [in_train, in_test]},
         "evaluation": {"data": "x:test", "ids": [in_test, in_train]},
-        "honest": {"data": "x:train", "ids": [in_train], "samples": []},
+        "on training": {"data": "x:train", "ids": [in_train], "samples": []},
         "foreign": {"samples": ["elsewhere/3"]},
         "other": {"numbers": [1, 2]},
     }
@@ -116,10 +119,25 @@ def test_misused_samples_are_found(recording: Dataset, tmp_path: Path) -> None:
     judged = audit(data=root, content=False, against=[str(paths["evaluation"])])
     assert kinds(judged) == {"evaluation sample"}
     assert judged.data["pairs"][0]["one"] == in_train
+    assert kinds(audit(data=root, content=False, against=[str(paths["on training"])])) == {"evaluation sample"}
     with pytest.raises(DataError, match="elsewhere/3"):
         audit(data=root, against=[str(paths["foreign"])])
     with pytest.raises(DataError, match="names no calibration or evaluation samples"):
         audit(data=root, against=[str(paths["other"])])
+
+
+@pytest.mark.parametrize(("kind", "leaks"), [(Kind.TEACHER, set()), (Kind.STUDENT, set()), (Kind.QUANTIZED, set()),
+                                             (Kind.CHECK, {"evaluation sample"}), (Kind.BUNDLE, {"evaluation sample"})])
+def test_only_what_was_trained_may_score_itself_on_training_data(
+    recording: Dataset, tmp_path: Path, kind: Kind, leaks: set[str]
+) -> None:
+    def build(draft: Draft) -> None:
+        draft.write_json("evaluation.json", {"data": f"{recording.digest}:train",
+                                             "ids": [f"{recording.splits['train'][0]}/9"]})
+        draft.write_json("calibration.json", {"samples": [f"{recording.splits['train'][0]}/11"]})
+
+    found = produce(tmp_path / "a", kind, stage="check", config=StageConfig(), inputs={}, build=build)
+    assert kinds(audit(data=str(recording.artifact.root), content=False, against=[str(found.root)])) == leaks
 
 
 def test_long_lists_are_cut_for_people_only(recording: Dataset, plant: Plant) -> None:

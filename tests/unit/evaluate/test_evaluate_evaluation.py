@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from fmdeploy.budgets import AccuracyBudget, Budgets, TargetBudget, read_budgets
 from fmdeploy.draft import Draft, produce
@@ -16,6 +19,11 @@ from fmdeploy.evaluate.evaluation import Evaluation, evaluate
 from fmdeploy.evaluate.metrics import Accuracy, OccupancyIoU
 from fmdeploy.manifest import Kind
 from support.bundles import BundleConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -122,6 +130,22 @@ def test_budgets_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "budgets.toml"
     path.write_text(BUDGETS.to_toml())
     assert read_budgets(path) == BUDGETS
+
+
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+LIMITS = st.none() | st.floats(0, 0.99, exclude_min=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(metric=NAMES, slices=st.lists(NAMES, max_size=3), target=NAMES, machine=st.none() | NAMES, limit=LIMITS)
+@example(metric='i"o\\u', slices=["it's", "a\nb", "\x7f"], target='x"]\n[y', machine="\U0001f697", limit=1e-9)
+def test_any_budgets_survive_toml(
+    metric: str, slices: list[str], target: str, machine: str | None, limit: float | None
+) -> None:
+    """Quotes, backslashes, line ends and control characters in names."""
+    accuracy = AccuracyBudget(metric=metric, slices=tuple(slices), required_slices=tuple(slices), max_slice_drop=limit)
+    budgets = Budgets(accuracy=accuracy, target={target: TargetBudget(machine=machine, p50_ms=limit)}, size_mib=limit)
+    assert Budgets.model_validate(tomllib.loads(budgets.to_toml()), strict=False) == budgets
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.errors import ArtifactError, DataError
+from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.quantize import calibrate as module
 from fmdeploy.quantize.build import build
-from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, calibrate, draw, input_statistics, redraw
+from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, Range, calibrate, draw, input_statistics, redraw
+from fmdeploy.quantize.ptq import ptq
 from fmdeploy.task import Arrays, load_task
-from support.quantize_nets import Residual, bev_student, image_net, samples_of
+from support.quantize_nets import Residual, bev_student, image_net, samples_of, zero_gamma
 
 TASK = load_task("image-classification")
 
@@ -134,13 +136,27 @@ def test_samples_that_are_not_finite_are_refused_by_name(value: float) -> None:
         _ranges(plain)
 
 
-def test_dead_tensor_is_refused_by_name() -> None:
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_a_constant_inner_tensor_gets_a_range_that_holds_it(shift: float) -> None:
+    net, io = zero_gamma(shift)
+    plain = samples_of(io)
+    made = ptq(net, io, plain)
+    (name,) = made.calibration.to_json()["constant"]
+    assert made.calibration.ranges[name] == Range(shift, shift, shift or 1.0)
+    x_BCHW = plain.tensors(["x0"])[0]
+    with torch.no_grad():
+        wanted, found = net(x_BCHW).numpy(), made.module(x_BCHW).numpy()
+    assert sqnr_db(wanted, found) > 25
+    assert Calibration.from_json(json.loads(json.dumps(made.calibration.to_json()))) == made.calibration
+
+
+def test_a_student_that_always_says_the_same_is_refused() -> None:
     net, io = image_net(Residual())
     with torch.no_grad():
-        net.get_parameter("bn.weight").zero_()
-        net.get_parameter("bn.bias").fill_(-1)
+        net.get_parameter("head.weight").zero_()
+        net.get_parameter("head.bias").fill_(0.5)
     quantised, placement = build(net, samples_of(io).tensors(["x0"], slice(0, 1)))
-    with pytest.raises(DataError, match="relu: this tensor is constant"):
+    with pytest.raises(DataError, match=r"output 0: the student's output is constant"):
         calibrate(quantised, placement, samples_of(io), ["x0"])
 
 

@@ -102,3 +102,19 @@ def test_settled_nets_have_batchnorm_that_matters() -> None:
     assert norm.running_mean is not None
     assert float(norm.running_mean.abs().max()) > 1e-3
     assert settle(net, io) is net
+
+
+class Dictionary(nn.Module):
+    """Returns its outputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.conv(x_BCHW)}
+
+
+def test_outputs_by_name_are_refused_clearly() -> None:
+    with pytest.raises(InputError, match=r"expected a tensor, or a tuple of tensors in the order .*, found dict"):
+        float_graph(Dictionary(), (torch.rand(1, 3, 4, 4),))

@@ -263,6 +263,34 @@ def test_forked_runtime_is_refused() -> None:
     assert "the runtime was forked" in done.stdout
 
 
+FORK_WHILE_BUSY = """
+import os, sys, threading
+from fmdeploy.runtime import Runtime
+runtime = Runtime(sys.argv[1])
+taken, done = threading.Event(), threading.Event()
+def busy():
+    with runtime._lock:
+        taken.set()
+        done.wait()
+threading.Thread(target=busy, daemon=True).start()
+taken.wait()
+if os.fork() == 0:
+    try:
+        runtime.infer(runtime.bundle.golden.sample(0))
+    except Exception as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+done.set()
+"""
+
+
+def test_fork_while_another_thread_infers_does_not_hang() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK_WHILE_BUSY, str(toy_bundle())], capture_output=True,
+                          text=True, check=False, timeout=30)
+    assert "the runtime was forked" in done.stdout
+
+
 def test_int8_model_is_really_quantised() -> None:
     ops = [node.op_type for node in onnx.load_from_string(int8_model()).graph.node]
     assert ops.count("QuantizeLinear") >= 4
