@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import click
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fmdeploy.artifact import Artifact
@@ -93,12 +94,17 @@ def _option(name: str, model: type[StageConfig]) -> click.Parameter:
     kind, multiple = _plain_type(info.annotation)
     if any(isinstance(mark, Positional) for mark in marks_of(info)):
         return click.Argument([name], required=False, nargs=-1 if multiple else 1)
-    shown = "" if info.default in (None, PydanticUndefined) or info.is_required() else f" [default: {info.default}]"
-    shown = " [required]" if info.is_required() else shown
-    text = (info.description or "") + shown
+    text = (info.description or "") + _default_text(info)
     if kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=text)
     return click.Option([flag, name], type=_click_type(kind), multiple=multiple, default=None, help=text)
+
+
+def _default_text(info: FieldInfo) -> str:
+    if info.is_required():
+        return " [required]"
+    default = ", ".join(map(str, info.default)) if isinstance(info.default, tuple) else info.default
+    return "" if default in (None, "", PydanticUndefined) else f" [default: {default}]"
 
 
 def _plain_type(annotation: Any) -> tuple[Any, bool]:
