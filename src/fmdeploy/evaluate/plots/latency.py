@@ -46,8 +46,8 @@ def _draw(panel: Any, tier: str, times_ms: npt.NDArray[np.float64], edges: Any, 
     panel.spines["left"].set_visible(False)
     top = panel.get_ylim()[1] * HEADROOM
     panel.set_ylim(0, top)
-    for quantile, label in ((0.5, "p50"), (0.99, "p99")):
+    for quantile, label, side in ((0.5, "p50", "right"), (0.99, "p99", "left")):
         place = float(np.quantile(times_ms, quantile))
         panel.axvline(place, color=MUTED, linewidth=1.0, linestyle="--")
-        panel.annotate(f"{label} {place:.3g} ms", (place, top), (4, 0), textcoords="offset points", va="top", ha="left",
-                       fontsize=8.5, color=MUTED)
+        panel.annotate(f"{label} {place:.3g} ms", (place, top), (-4 if side == "right" else 4, 0), va="top", ha=side,
+                       textcoords="offset points", fontsize=8.5, color=MUTED)
