@@ -35,9 +35,10 @@ def toml_of(config: dict[str, Any]) -> str:
 
 def command_line(stage: str, pipeline: Path, work: Path) -> list[str]:
     verb, inputs = STAGES[stage]
-    config = open_artifact(pipeline / stage).manifest.config
+    config = {k: v for k, v in open_artifact(pipeline / stage).manifest.config.items() if k != "budgets"}
     (work / "config.toml").write_text(toml_of(config))
     flags = [part for flag, folder in inputs.items() for part in (f"--{flag}", str(pipeline / folder))]
+    flags += ["--budgets", str(pipeline / "budgets.toml")] if stage == "bundle" else []
     return [*FMDEPLOY, *verb, "--config", str(work / "config.toml"), *flags, "--out", str(work / "out")]
 
 

@@ -242,7 +242,7 @@ def build(draft):
     for number in range(200):
         path = draft.path(f"part-{{number:03d}}")
         if not path.exists():
-            draft.path("work/now").write_text(str(number)); path.write_text(str(number)); time.sleep(0.003)
+            half = draft.path("work/now"); half.write_text(str(number)); time.sleep(0.003); half.rename(path)
 produce(Path({out!r}), Kind.DATASET, stage="s", config=Config(out=Path("x")), inputs={{}}, build=build, resumable=True)
 """
 

@@ -30,7 +30,7 @@ CONFIG = TrainingConfig.model_validate(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("qat")
-    write_scenes(out / "data", sequences=8)
+    write_scenes(out / "data", sequences=16)
     return out
 
 
