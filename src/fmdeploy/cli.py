@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from fmdeploy import interrupt
+
 
 class Verb(NamedTuple):
     """Where a command lives, and its one-line help."""
@@ -138,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     # they need be (measured: 2 to 3 times); less spinning costs nothing on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        group.main(args=argv, prog_name="fmdeploy", standalone_mode=False)
+        with interrupt.remembered():
+            group.main(args=argv, prog_name="fmdeploy", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fmdeploy import interrupt
 from fmdeploy.artifact import Artifact, entry_of, open_artifact, payload_files
 from fmdeploy.config import StageConfig
 from fmdeploy.environment import describe_environment
@@ -203,6 +204,7 @@ def _adopt(scratch: Path, key: str, resumable: bool) -> None:
 
 
 def _seal(draft: Draft, blank: Manifest, out: Path, seconds: float) -> None:
+    interrupt.check()
     names = sorted(name for name in payload_files(draft.root) if not _is_dropped(name))
     files = {name: entry_of(draft.root / name) for name in names}
     environment = {**describe_environment(), "seconds": seconds, **draft.notes}

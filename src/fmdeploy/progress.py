@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from fmdeploy import interrupt
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -23,7 +25,12 @@ class Bar:
         self._display, self._task = display, task
 
     def advance(self, steps: int = 1, **numbers: float) -> None:
-        """Move on by `steps` and show the latest numbers, such as `loss=0.12`."""
+        """Move on by `steps` and show the latest numbers, such as `loss=0.12`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed and got lost in a library.
+        """
+        interrupt.check()
         if self._display is not None and self._task is not None:
             text = " ".join(f"{key} {value:.4g}" for key, value in numbers.items())
             self._display.advance(self._task, steps)

@@ -106,7 +106,8 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_that_opens(stage: str, pipeline: 
     time.sleep(0.3)
     os.killpg(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 130
+    # A shell says 130 to both: CPython kills itself by SIGINT when the interrupt passed through an `exec` (a dataclass).
+    assert child.returncode in (130, -signal.SIGINT), err.decode()
     assert err.decode().strip().splitlines()[-1] == "fmdeploy: interrupted; no artifact was left half-written"
     assert b"Traceback" not in err
     with pytest.raises(ArtifactError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,11 @@ import pytest
 import tomllib
 from click.testing import CliRunner
 
-from fmdeploy import cli
+from fmdeploy import cli, interrupt
 from fmdeploy.artifact import open_artifact
 from fmdeploy.command import Outcome, click_options, command
 from fmdeploy.config import InputPath, OutputPath, RunOnly, StageConfig, load_config
-from fmdeploy.draft import produce
+from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, FmdeployError, GateError, InputError, MissingDependencyError
 from fmdeploy.manifest import Kind
 from fmdeploy.optional import require
@@ -76,6 +78,19 @@ def test_paths_and_run_only_fields_stay_out_of_the_manifest(tmp_path: Path) -> N
 def test_flags_are_the_fields() -> None:
     flags = {o.opts[0] for o in click_options(Sizes)}
     assert flags == {"--out", "--data", "--steps", "--rate", "--mode", "--scenarios", "--resume", "--workers"}
+
+
+def test_an_interrupt_that_a_library_swallows_still_stops_the_stage(tmp_path: Path) -> None:
+    def build(draft: Draft) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        draft.write_text("x", "1")
+
+    with pytest.raises(KeyboardInterrupt), interrupt.remembered():
+        produce(tmp_path / "a", Kind.DATASET, stage="s", config=Sizes(out=tmp_path), inputs={}, build=build)
+    assert list(tmp_path.iterdir()) == []
+    with interrupt.remembered():
+        interrupt.check()  # the next command starts afresh
 
 
 @command(Sizes)
