@@ -7,11 +7,9 @@ the same steps on those labels alone, which is what distillation has to beat.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -21,6 +19,7 @@ from fmdeploy.budgets import AccuracyBudget, Budgets, TargetBudget
 from fmdeploy.command import Outcome, command
 from fmdeploy.config import OutputPath, StageConfig
 from fmdeploy.errors import LeakageError
+from fmdeploy.files import write_atomically
 from fmdeploy.manifest import Kind
 from fmdeploy.progress import say
 
@@ -147,10 +146,3 @@ def train(config: DemoConfig, clock: Clock, sizes: Sizes) -> dict[str, Artifact]
                          out=out / "student", **common),
         "student_scratch": clock("scratch", distill, out=out / "student_scratch", **common),
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` in one step."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from pydantic import Field
 from fmdeploy.artifact import open_artifact
 from fmdeploy.command import Outcome, command
 from fmdeploy.config import InputPath, StageConfig
-from fmdeploy.data.format import SPLITS, Dataset
+from fmdeploy.data.format import SPLITS, Dataset, open_unchecked
 from fmdeploy.data.leakage import Leak, leaks_of_keys, leaks_of_neighbours
 from fmdeploy.data.lookalikes import leaks_of_content
 from fmdeploy.data.phash import signatures
-from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import DataError
 from fmdeploy.manifest import MANIFEST_NAME, Kind
 
@@ -59,7 +58,7 @@ def audit(config: AuditConfig) -> Outcome:
         ArtifactError: the dataset is not one, or was altered.
         DataError: samples to look up are not in the dataset.
     """
-    data = open_unchecked(config.data)
+    data = _in_pipeline_order(open_unchecked(config.data))
     leaks = [*leaks_of_keys(data.sequences, data.splits), *leaks_of_neighbours(data.sequences, data.splits)]
     for path in config.against:
         for used in sample_lists(path):
@@ -73,13 +72,10 @@ def audit(config: AuditConfig) -> Outcome:
     return _outcome(leaks, checked, config.limit)
 
 
-def open_unchecked(root: Path) -> Dataset:
-    """Open a DATASET without refusing overlapping splits: finding those is what an audit is for."""
-    artifact = open_artifact(root, Kind.DATASET)
-    sequences = tuple(SequenceInfo(**record) for record in artifact.json("index.json"))
-    splits = {name: tuple(ids) for name, ids in artifact.json("splits.json").items()}
-    ordered = [*(name for name in SPLITS if name in splits), *(name for name in splits if name not in SPLITS)]
-    return Dataset(artifact, sequences, {name: splits[name] for name in ordered})
+def _in_pipeline_order(data: Dataset) -> Dataset:
+    """Leaks are reported as train against val, train against test, val against test."""
+    names = [*(n for n in SPLITS if n in data.splits), *(n for n in data.splits if n not in SPLITS)]
+    return replace(data, splits={name: data.splits[name] for name in names})
 
 
 def sample_lists(path: Path) -> Iterator[SampleList]:

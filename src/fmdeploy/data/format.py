@@ -86,12 +86,21 @@ def open_dataset(root: Path | str) -> Dataset:
         DataError: a sequence stands in two splits, or a split names an unknown one.
         LeakageError: sequences of one seed, simulation or recording stand in two splits.
     """
+    data = open_unchecked(root)
+    check_splits(data.splits, [s.id for s in data.sequences], data.artifact.root)
+    refuse_leaks(data.sequences, data.splits, data.artifact.root)
+    return data
+
+
+def open_unchecked(root: Path | str) -> Dataset:
+    """Open and verify a DATASET whatever its splits are like: for an audit, and to split it anew.
+
+    Raises:
+        ArtifactError: it is not a DATASET or was altered.
+    """
     artifact = open_artifact(root, Kind.DATASET)
     sequences = tuple(SequenceInfo(**record) for record in artifact.json("index.json"))
-    splits = {name: tuple(ids) for name, ids in artifact.json("splits.json").items()}
-    check_splits(splits, [s.id for s in sequences], artifact.root)
-    refuse_leaks(sequences, splits, artifact.root)
-    return Dataset(artifact, sequences, splits)
+    return Dataset(artifact, sequences, {name: tuple(ids) for name, ids in artifact.json("splits.json").items()})
 
 
 def check_splits(splits: Mapping[str, Sequence[str]], known: Sequence[str], where: object) -> None:

@@ -18,8 +18,7 @@ from pydantic import Field, model_validator
 from fmdeploy.artifact import Artifact
 from fmdeploy.command import command
 from fmdeploy.config import InputPath, OutputPath, StageConfig
-from fmdeploy.data.audit import open_unchecked
-from fmdeploy.data.format import SPLITS, Dataset
+from fmdeploy.data.format import SPLITS, Dataset, open_unchecked
 from fmdeploy.data.leakage import refuse_leaks
 from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.data.writer import write_index

@@ -244,10 +244,7 @@ def test_runtime_works_without_torch_and_onnx() -> None:
     assert json.loads(done.stdout) == ["int8-cpu", True, []]
 
 
-FORK = """
-import os, sys
-from fmdeploy.runtime import Runtime
-runtime = Runtime(sys.argv[1])
+INFER_IN_A_CHILD = """
 if os.fork() == 0:
     try:
         runtime.infer(runtime.bundle.golden.sample(0))
@@ -256,6 +253,12 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
+
+FORK = """
+import os, sys
+from fmdeploy.runtime import Runtime
+runtime = Runtime(sys.argv[1])
+""" + INFER_IN_A_CHILD
 
 
 def test_forked_runtime_is_refused() -> None:
@@ -274,15 +277,7 @@ def busy():
         done.wait()
 threading.Thread(target=busy, daemon=True).start()
 taken.wait()
-if os.fork() == 0:
-    try:
-        runtime.infer(runtime.bundle.golden.sample(0))
-    except Exception as error:
-        print(error, flush=True)
-    os._exit(0)
-os.wait()
-done.set()
-"""
+""" + INFER_IN_A_CHILD + "done.set()"
 
 
 def test_fork_while_another_thread_infers_does_not_hang() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from fmdeploy.config import InputPath, OutputPath, Positional, StageConfig
 from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.evaluate.report.page import build_page, render
 from fmdeploy.evaluate.report.sources import gather
+from fmdeploy.files import write_atomically
 from fmdeploy.manifest import MANIFEST_NAME
 
 
@@ -36,7 +36,7 @@ def report(config: ReportConfig) -> Outcome:
     sources = gather([open_artifact(path) for path in config.artifacts])
     page = build_page(sources, config.title)
     html = render(page)
-    _write(config.out, html)
+    write_atomically(config.out, html)
     lines = (f"report at {config.out} ({len(html.encode()) // 1024} KiB): {page.verdict.result}",
              *(f"  not given: {name}" for name in page.not_given))
     data = {"path": str(config.out), "verdict": page.verdict.result, "not_given": list(page.not_given)}
@@ -50,13 +50,3 @@ def _check_target(out: Path) -> None:
     for folder in out.absolute().parents:
         if (folder / MANIFEST_NAME).exists():
             raise ArtifactError("is an artifact and takes no further file", where=folder, fix="Choose another --out")
-
-
-def _write(out: Path, html: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        scratch.write_text(html, encoding="utf-8")
-        os.replace(scratch, out)
-    finally:
-        scratch.unlink(missing_ok=True)
