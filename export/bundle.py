@@ -1,4 +1,4 @@
-"""`export`: from a STUDENT or QUANTIZED to a BUNDLE, the product that goes to the device."""
+"""From a STUDENT or QUANTIZED to a BUNDLE, the product that goes to the device."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
 from torch import nn
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.budgets import AccuracyBudget, Budgets, TargetBudget, read_budgets
-from fmdeploy.command import command
-from fmdeploy.config import InputPath, OutputPath, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.export.card import model_card
+from fmdeploy.export.config import ExportConfig
 from fmdeploy.export.golden import write_golden
-from fmdeploy.export.onnx import OPSET
 from fmdeploy.export.parity import Parity, compare, outputs_of, require_parity, subset
-from fmdeploy.export.variants import CpuKind, Variants, write_variants
+from fmdeploy.export.variants import Variants, write_variants
 from fmdeploy.manifest import Kind
 from fmdeploy.models.outputs import predictor
 from fmdeploy.models.saved import RECIPE, load_model
@@ -32,28 +29,6 @@ from fmdeploy.quantize.quantize import require_same_data
 from fmdeploy.quantize.scores import carry_over, held_out_splits
 from fmdeploy.quantize.store import load_quantized
 from fmdeploy.task import Samples, Task
-
-
-class ExportConfig(StageConfig):
-    """What goes into a bundle."""
-
-    model: InputPath = Field(description="STUDENT or QUANTIZED")
-    data: InputPath = Field(description="DATASET that the student was trained on")
-    out: OutputPath = Field(description="Where the BUNDLE is written")
-    int8: bool = Field(True, description="write INT8 variants; a STUDENT is calibrated on the way")
-    cpu: CpuKind = Field("x86-64", description="whose INT8 kernels model.int8-cpu.onnx is spelled for")
-    budgets: InputPath | None = Field(None, description="budgets.toml for the bundle; default: modest limits")
-    opset: int = Field(OPSET, ge=17, le=20, description="ONNX operator set")
-    calibration_samples: int = Field(256, ge=1, description="samples that show ranges and input statistics")
-    keep_float: tuple[str, ...] = Field((), description="modules of a STUDENT to leave in float")
-    golden_samples: int = Field(8, ge=1, le=256, description="samples in the golden vectors")
-    parity_samples: int = Field(512, ge=1, description="held-out samples on which files are compared")
-    seed: int = Field(0, ge=0, description="of the choice of calibration samples")
-
-    def resolved(self) -> dict[str, Any]:
-        """Every value that decides the result, the limits in the budgets file included."""
-        limits = read_budgets(self.budgets).model_dump(mode="json") if self.budgets else None
-        return {**super().resolved(), "budgets": limits}
 
 
 @dataclass(frozen=True)
@@ -70,8 +45,7 @@ class Source:
     calibration_set: CalibrationSet
 
 
-@command(ExportConfig)
-def export(config: ExportConfig) -> Artifact:
+def write_bundle(config: ExportConfig) -> Artifact:
     """Write ONNX variants, prove them against torch, and bundle them with golden vectors and budgets.
 
     Raises:
@@ -81,6 +55,9 @@ def export(config: ExportConfig) -> Artifact:
         ModelFileError: the student cannot be exported.
         GateError: a file does not compute what the student does.
     """
+    if config.model is None or config.data is None or config.out is None:
+        raise ConfigError("a bundle needs a model, the data it was trained on, and a place", where="export",
+                          expected="--model, --data and --out")
     model, data = open_artifact(config.model, Kind.STUDENT, Kind.QUANTIZED), open_dataset(config.data)
     require_same_data(model, data)
     if model.kind is Kind.QUANTIZED and config.keep_float:

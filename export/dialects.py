@@ -20,7 +20,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from fmdeploy.errors import ModelFileError
-from fmdeploy.export.graph import DQ, Array, Graph, Q, attribute
+from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, attribute
 
 NON_NEGATIVE = {"Relu", "Sigmoid", "Softmax", "Abs", "Exp", "HardSigmoid", "Softplus"}
 KEEPS_SIGN = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from fmdeploy.export.graph import op_counts
+from fmdeploy.onnxfile.graph import op_counts
 from fmdeploy.optional import require
 
 INTEGER_CONVS = ("QLinearConv", "com.microsoft.QLinearConv")

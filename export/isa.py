@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from fmdeploy.export.graph import DQ, Array, Graph
+from fmdeploy.onnxfile.graph import DQ, Array, Graph
 
 INT16_MAX = 32767
 LAYERS = ("Conv", "Gemm", "MatMul")

@@ -16,11 +16,11 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError, ModelFileError
-from fmdeploy.export.graph import DQ, Graph, Q, attribute, load_model, op_counts, save_model
 from fmdeploy.export.lint import require_allowed
-from fmdeploy.export.session import run_model
 from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import example_inputs
+from fmdeploy.onnxfile.graph import DQ, Graph, Q, attribute, load_model, op_counts, save_model
+from fmdeploy.onnxfile.session import run_model
 from fmdeploy.optional import require
 from fmdeploy.quantize import modelopt
 

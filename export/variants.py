@@ -14,11 +14,11 @@ from fmdeploy.cpu import this_cpu
 from fmdeploy.errors import ModelFileError
 from fmdeploy.export.dialects import cpu_dialect
 from fmdeploy.export.fused import fused_ops
-from fmdeploy.export.graph import DQ, Q, op_counts, save_model
 from fmdeploy.export.isa import saturating_layers
 from fmdeploy.export.onnx import export_onnx
-from fmdeploy.export.session import ort_predictor
 from fmdeploy.iospec import IOSpec
+from fmdeploy.onnxfile.graph import DQ, Q, op_counts, save_model
+from fmdeploy.onnxfile.session import ort_predictor
 from fmdeploy.quantize.build import tracing_example
 from fmdeploy.quantize.trace import UntraceableError, float_graph
 from fmdeploy.task import Arrays

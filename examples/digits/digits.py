@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.distill.distill import distill
 from fmdeploy.evaluate.report import report
-from fmdeploy.export.bundle import export
+from fmdeploy.export.export import export
 from fmdeploy.quantize.quantize import quantize
 from fmdeploy.runtime.check import check
 from fmdeploy.tasks.image_classification import ImageClassification

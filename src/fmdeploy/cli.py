@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "cache": Verb("fmdeploy.teacher.cache:cache", "Write teacher features and logits to disk, once."),
     "distill": Verb("fmdeploy.distill.distill:distill", "Train the student from the teacher."),
     "quantize": Verb("fmdeploy.quantize.quantize:quantize", "Calibrate, place and tune INT8."),
-    "export": Verb("fmdeploy.export.bundle:export", "Write ONNX variants, golden vectors and budgets: the bundle."),
+    "export": Verb("fmdeploy.export.export:export", "Write ONNX variants, golden vectors and budgets: the bundle."),
     "check": Verb("fmdeploy.runtime.check:check", "Measure every budget here; exit 1 when one fails."),
     "compare": Verb("fmdeploy.runtime.compare:compare", "Gate a candidate against what is deployed."),
     "run": Verb("fmdeploy.runtime.run:run", "Run a bundle over a dataset."),
@@ -84,7 +85,7 @@ def build_command(name: str, verb: Verb) -> click.Command:
     def callback(config_file: str | None, as_json: bool, **flags: Any) -> None:
         run_stage(stage, Path(config_file) if config_file else None, as_json, flags)
 
-    text = inspect.cleandoc(stage.__doc__ or verb.help).partition("\n\nRaises:")[0] + argument_lines(stage.config)
+    text = re.split(r"\n\n(?:Returns|Raises):", inspect.cleandoc(stage.__doc__ or verb.help))[0] + argument_lines(stage.config)
     return click.Command(name, params=click_options(stage.config) + common, help=text, short_help=verb.help,
                          callback=callback)
 

@@ -101,7 +101,7 @@ def run_stages(config: DemoConfig, clock: Clock) -> dict[str, Artifact]:
     out, sizes = config.out, FAST if config.fast else FULL
     made = {"data": record(config, clock, sizes.record)}
     made |= train(config, clock, sizes)
-    from fmdeploy.export.bundle import export
+    from fmdeploy.export.export import export
     from fmdeploy.quantize.quantize import quantize
     from fmdeploy.runtime.check import check
 

@@ -17,7 +17,7 @@ from fmdeploy.distill.distill import distill
 from fmdeploy.errors import ArtifactError, ConfigError, DataError, FmdeployError, InputError, MissingError
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.evaluate.sqnr import sqnr_db
-from fmdeploy.export.bundle import export
+from fmdeploy.export.export import export
 from fmdeploy.export.variants import file_name
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind

@@ -20,11 +20,11 @@ from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.export import dialects
 from fmdeploy.export.dialects import cpu_dialect, is_non_negative, quantised_weight
 from fmdeploy.export.fused import fused_ops
-from fmdeploy.export.graph import DQ, Graph, Q, save_model
 from fmdeploy.export.isa import saturating_layers
 from fmdeploy.export.onnx import export_onnx
-from fmdeploy.export.session import ort_predictor
 from fmdeploy.iospec import IOSpec
+from fmdeploy.onnxfile.graph import DQ, Graph, Q, save_model
+from fmdeploy.onnxfile.session import ort_predictor
 from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.ptq import ptq
 from support.quantize_nets import NETS, concat, samples_of

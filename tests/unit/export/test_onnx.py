@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError, ModelFileError
 from fmdeploy.evaluate.sqnr import sqnr_db
-from fmdeploy.export.graph import DQ, Graph, Q, load_model, op_counts
 from fmdeploy.export.lint import require_allowed
 from fmdeploy.export.onnx import IR_VERSION, OPSET, export_onnx, require_one_pair_a_tensor
-from fmdeploy.export.session import ort_predictor
 from fmdeploy.export.variants import float_module
 from fmdeploy.models.outputs import predictor
+from fmdeploy.onnxfile.graph import DQ, Graph, Q, load_model, op_counts
+from fmdeploy.onnxfile.session import ort_predictor
 from fmdeploy.quantize.ptq import ptq
 from support.quantize_nets import NETS, Residual, SmallViT, bev_student, image_net, io_of, samples_of, zero_gamma
 

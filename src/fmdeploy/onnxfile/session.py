@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from fmdeploy.arrays import Arrays
 from fmdeploy.errors import ModelFileError
 from fmdeploy.iospec import IOSpec
 from fmdeploy.optional import require
-from fmdeploy.task import Arrays
 
 PROVIDER = "CPUExecutionProvider"
 
