@@ -85,7 +85,8 @@ def build_command(name: str, verb: Verb) -> click.Command:
     def callback(config_file: str | None, as_json: bool, **flags: Any) -> None:
         run_stage(stage, Path(config_file) if config_file else None, as_json, flags)
 
-    text = re.split(r"\n\n(?:Returns|Raises):", inspect.cleandoc(stage.__doc__ or verb.help))[0] + argument_lines(stage.config)
+    about = re.split(r"\n\n(?:Returns|Raises):", inspect.cleandoc(stage.__doc__ or verb.help))[0]
+    text = about + argument_lines(stage.config)
     return click.Command(name, params=click_options(stage.config) + common, help=text, short_help=verb.help,
                          callback=callback)
 

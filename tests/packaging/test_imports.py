@@ -19,7 +19,7 @@ BLOCKED = (
 )
 # Modules whose purpose is torch or onnx. The device never imports them; each must really need one of the two.
 MAY_NEED_TRAINING = ("fmdeploy.models", "fmdeploy.training", "fmdeploy.teacher", "fmdeploy.distill",
-                     "fmdeploy.quantize", "fmdeploy.export")
+                     "fmdeploy.quantize", "fmdeploy.export", "fmdeploy.onnxfile", "fmdeploy.estimate")
 DEVICE = ("fmdeploy.runtime", "fmdeploy.jetson", "fmdeploy.evaluate", "fmdeploy.data", "fmdeploy.tasks")
 
 IMPORT_ALL = """
