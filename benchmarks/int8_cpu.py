@@ -72,7 +72,8 @@ def make_files(folder: Path) -> Arrays:
     inputs = binary_grids(task.io, 16)
     student = settle(task.student("cnn", {}), task.io)
     calibration = CalibrationSet(tuple(f"s/{k:02d}" for k in range(16)), inputs, "", 0)
-    write_variants(folder, task.io, student, ptq(student, task.io, calibration).module, opset=18, cpu="x86-64")
+    write_variants(folder, task.io, student, ptq(student, task.io, calibration).module, inputs=inputs, opset=20,
+                   cpu="x86-64")
     return inputs
 
 

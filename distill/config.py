@@ -22,7 +22,7 @@ class DistillConfig(TrainingConfig):
     features: InputPath | None = Field(default=None, description="FEATURES of that teacher; none given: it runs live")
     build_cache: OutputPath | None = Field(default=None, description="Write the FEATURES there first, then use them")
     task: str = Field(default="bev-occupancy", description="built-in task, or module:Class")
-    student: str = Field(default="cnn", description="cnn, vit, hf:FOLDER, timm:NAME or module:callable")
+    student: str = Field(default="cnn", description="cnn, vit, depthwise, hf:FOLDER, timm:NAME or module:callable")
     stem_width: int | None = Field(default=None, ge=1, description="student's channels at half resolution")
     width: int | None = Field(default=None, ge=1, description="student's channels")
     dim: int | None = Field(default=None, ge=1, description="student's transformer width")

@@ -90,15 +90,24 @@ class Assembly:
     job: Job
 
 
-def assemble(config: DistillConfig, sources: Sources, *, folder: Path, log: Path) -> Assembly:
+def assemble(
+    config: DistillConfig, sources: Sources, *, folder: Path, log: Path, student: nn.Module | None = None
+) -> Assembly:
     """Student, batches and objective as `config` wants them; checkpoints go to `folder`.
+
+    Args:
+        config: All options.
+        sources: From `sources_of`.
+        folder: Of checkpoints.
+        log: The JSON-lines log.
+        student: To train; None makes the one that `config` names.
 
     Raises:
         ArtifactError: the cache belongs to something else.
         ConfigError: no such student or layer.
     """
     torch.manual_seed(config.seed)
-    student = sources.task.student(config.student, config.sizes())
+    student = student if student is not None else sources.task.student(config.student, config.sizes())
     batches = _batches(config, sources)
     live = _live(config, sources) if batches.live else None
     model = _with_projector(student, config, sources.task, batches.cache, live)

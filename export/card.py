@@ -12,15 +12,19 @@ from fmdeploy.models.saved import RECIPE
 from fmdeploy.task import Task
 
 
-def model_card(model: Artifact, task: Task, metrics: Mapping[str, Any]) -> str:
+def model_card(
+    model: Artifact, task: Task, metrics: Mapping[str, Any], compiled: Mapping[str, Any] | None = None
+) -> str:
     """Return the card's Markdown text.
 
     Args:
         model: The STUDENT or QUANTIZED that was exported.
         task: Its task.
         metrics: What `metrics.json` of the bundle holds.
+        compiled: What `tensorrt.json` holds; None where nothing was compiled.
     """
-    return "\n".join([*_head(model, task), *_io(task.io), *_variants(metrics), *_lineage(model), *_limits()]) + "\n"
+    return "\n".join([*_head(model, task), *_io(task.io), *_variants(metrics), *_kept(metrics),
+                      *_compiled(compiled), *_lineage(model), *_limits()]) + "\n"
 
 
 def _head(model: Artifact, task: Task) -> Iterator[str]:
@@ -52,6 +56,29 @@ def _variants(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield (f"| model.{variant}.onnx | {row['bytes'] / 1000:.0f} | {parity['against']} | {ratios} | "
                f"{_number(parity[name])} | {_number(parity[f'{name}_of_reference'])} |")
     yield from ("", f"Measured on {metrics['parity_samples']} samples of the split `{metrics['parity_split']}`.")
+
+
+def _kept(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What the overflow probe left in FP32."""
+    rows = {variant: row["fp32_nodes"] for variant, row in metrics["variants"].items() if row.get("fp32_nodes")}
+    if not rows:
+        return
+    yield from ("", "## Kept in FP32", "", "| file | node | because of | number |", "|---|---|---|---|")
+    for variant, kept in rows.items():
+        yield from (f"| model.{variant}.onnx | {row['node']} ({row['op']}) | {row['tensor']}: {row['why']} | "
+                    f"{row['value']} |" for row in kept)
+
+
+def _compiled(compiled: Mapping[str, Any] | None) -> Iterator[str]:
+    yield from ("", "## TensorRT", "")
+    if compiled is None:
+        yield "The TensorRT files were not compiled."
+        return
+    for variant, report in compiled["files"].items():
+        counts = ", ".join(f"{number} {name}" for name, number in report["counts"].items())
+        yield (f"- model.{variant}.onnx: {compiled['api']} {compiled['version']} builds {len(report['layers'])} "
+               f"layers; convolutions and matrix products: {counts}.")
+    yield from ("", f"{compiled['proves']} {compiled['not_proven']}")
 
 
 def _number(value: float | None) -> str:

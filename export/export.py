@@ -8,6 +8,8 @@ from fmdeploy.command import command
 from fmdeploy.errors import ConfigError
 from fmdeploy.export.bundle import write_bundle
 from fmdeploy.export.config import ExportConfig
+from fmdeploy.export.from_onnx import lower_from_config
+from fmdeploy.export.lint.lint import outcome
 
 
 @command(ExportConfig)
@@ -27,4 +29,6 @@ def export(config: ExportConfig) -> Any:
     modes = {"--model": config.model, "--from-onnx": config.from_onnx, "--lint": config.lint}
     if len(given := [flag for flag, value in modes.items() if value is not None]) != 1:
         raise ConfigError("export does one thing at a time", expected="one of " + ", ".join(modes), found=given)
-    return write_bundle(config)
+    if config.lint is not None:
+        return outcome(config.lint, target=config.target)
+    return write_bundle(config) if config.from_onnx is None else lower_from_config(config)

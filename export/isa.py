@@ -4,15 +4,23 @@
 number: 255 * 127 * 2 = 64770 does not fit into 32767. A published ResNet-50 falls from 74.8 % to 69.0 % that way.
 Behind a ReLU our unsigned activations use zero point 0 and stay at or below 127 inside the calibrated range:
 127 * 128 * 2 = 32512 fits. Only a layer that reads a tensor with zero point 128 can saturate there.
+
+`--cpu x86-64` takes VNNI for granted, and refuses to be measured on a CPU that has none; `--cpu x86-64-avx2` stores the
+weights of the layers in question with 7 bits instead: 255 * 64 * 2 = 32640 fits on any x86.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from fmdeploy.onnxfile.graph import DQ, Array, Graph
+from fmdeploy.cpu import this_cpu
+from fmdeploy.errors import ModelFileError
+from fmdeploy.onnxfile.graph import DQ, Array, Graph, attribute
 
+CpuKind = Literal["x86-64", "x86-64-avx2", "arm64"]
 INT16_MAX = 32767
 LAYERS = ("Conv", "Gemm", "MatMul")
 
@@ -21,6 +29,38 @@ def saturating_layers(model: ModelProto) -> tuple[str, ...]:
     """Name the layers of a uint8 dialect that can saturate on x86 without VNNI, at worst, inside calibrated ranges."""
     graph = Graph(model)
     return tuple(node.name for node in graph.nodes(*LAYERS) if _largest_pair(graph, node) > INT16_MAX)
+
+
+def narrow_weights(model: ModelProto) -> tuple[str, ...]:
+    """Store the weights of `saturating_layers` with 7 bits, in place: twice the scale, levels in [-64, 63].
+
+    Returns:
+        Names of the layers whose weights changed. Their grid is 6 dB coarser.
+    """
+    names = saturating_layers(model)
+    graph = Graph(model)
+    for node in graph.nodes(*LAYERS):
+        dequantize = graph.maker.get(node.input[1]) if node.name in names else None
+        if dequantize is None or dequantize.input[0].endswith("_7bit"):  # shared, and already narrow
+            continue
+        levels, scale = graph.constants[dequantize.input[0]], graph.constants[dequantize.input[1]]
+        halved = np.clip(np.rint(levels.astype(np.float32) / 2), -64, 63).astype(np.int8)
+        dequantize.input[0] = graph.set_constant(f"{dequantize.input[0]}_7bit", halved)
+        dequantize.input[1] = graph.set_constant(f"{dequantize.input[1]}_{dequantize.name}_7bit", scale * 2)
+    graph.drop_unused()
+    return names
+
+
+def require_exact(saturating: tuple[str, ...]) -> None:
+    """Refuse to measure on a CPU that would saturate: its numbers would speak for no other machine.
+
+    Raises:
+        ModelFileError: names the first layer.
+    """
+    cpu = this_cpu()
+    if saturating and not cpu.exact_int8:
+        raise ModelFileError("8-bit products of this layer saturate on this CPU", where=saturating[0], found=str(cpu),
+                             fix="Give --cpu x86-64-avx2 to store such weights with 7 bits, or use a CPU with VNNI")
 
 
 def _largest_pair(graph: Graph, node: NodeProto) -> float:
@@ -34,7 +74,7 @@ def _largest_pair(graph: Graph, node: NodeProto) -> float:
         return 0.0
     largest = 127 if int(zero) == 0 else 255
     scales = graph.constants.get(weight.input[1], np.ones(1))
-    axis = next((int(attribute.i) for attribute in weight.attribute if attribute.name == "axis"), 1)  # ONNX's default
+    axis = int(attribute(weight, "axis", 1))  # ONNX's default
     return float(largest * _two_largest(levels, axis if scales.size > 1 else None))
 
 

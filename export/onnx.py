@@ -16,17 +16,18 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError, ModelFileError
-from fmdeploy.export.lint import require_allowed
+from fmdeploy.export.lint.allowed import require_allowed
 from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import example_inputs
-from fmdeploy.onnxfile.graph import DQ, Graph, Q, attribute, load_model, op_counts, save_model
+from fmdeploy.onnxfile.graph import DQ, Graph, Q, attribute, op_counts, save_model
+from fmdeploy.onnxfile.reading import read_model
 from fmdeploy.onnxfile.session import run_model
 from fmdeploy.optional import require
 from fmdeploy.quantize import modelopt
 
-OPSET = 18
-IR_VERSION = 8  # readable by every ONNX Runtime since 1.11 and by TensorRT 8 to 11
-KEPT = (Q, DQ, "LayerNormalization", "Conv", "ConvTranspose")  # what simplification must not lose or add
+OPSET = 20
+IR_VERSION = 9  # what opset 20 needs; readable by ONNX Runtime since 1.16 and by TensorRT 10 and 11
+KEPT = (Q, DQ, "LayerNormalization", "Gelu", "Conv", "ConvTranspose")  # what simplification must not lose or add
 SIMPLIFIED = 1e-4  # largest difference, relative to the largest output, that simplification may cause
 
 
@@ -71,7 +72,7 @@ def _export(module: nn.Module, example: tuple[Tensor, ...], io: IOSpec, opset: i
         except Exception as error:  # torch.onnx raises UnsupportedOperatorError and many others
             reason = str(error).strip().splitlines()[0][:160]
             raise ModelFileError(f"cannot be exported to ONNX: {reason}", where=type(module).__name__) from error
-        return load_model(path)
+        return read_model(path)
 
 
 def _simplify(raw: ModelProto) -> ModelProto:

@@ -2,46 +2,90 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.hooks import RemovableHandle
 
 from fmdeploy.errors import ArtifactError, InputError
 from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import example_inputs
+from fmdeploy.progress import say
 from fmdeploy.quantize import modelopt
-from fmdeploy.quantize.heads import head_modules
-from fmdeploy.quantize.ops import CONV_MODULES
-from fmdeploy.quantize.placement import ActivationRow, FloatRow, Placement, WeightRow, place
-from fmdeploy.quantize.trace import UntraceableError, float_graph
-from fmdeploy.training.device import evaluation_mode
+from fmdeploy.quantize.flow import Roles, is_sum, result, roles_of
+from fmdeploy.quantize.fold import is_size
+from fmdeploy.quantize.modules import convert_modules, place_modules
+from fmdeploy.quantize.ops import Role
+from fmdeploy.quantize.outliers import hold, measured, probe_graph, reading_columns, report
+from fmdeploy.quantize.placement import Placement, Request
+from fmdeploy.quantize.policy import layer_names, place
+from fmdeploy.quantize.samples import CalibrationSet
+from fmdeploy.quantize.trace import UntraceableError, float_graph, trace
 
 QUANTIZERS = "quantizers"  # the submodule that holds every ActivationTensor of a traced model
 
 
 def build(
-    model: nn.Module, example: tuple[Tensor, ...], *, keep_float: Iterable[str] = (), quantise_heads: bool = False
+    model: nn.Module, calibration_set: CalibrationSet, names: Sequence[str], request: Request = Request(),  # noqa: B008
+    before: Callable[[fx.GraphModule], None] | None = None,
 ) -> tuple[nn.Module, Placement]:
     """Return an uncalibrated quantised copy of `model` and its placement.
 
     Args:
         model: a float module in any state; not changed.
-        example: one input batch (B, ...) float32 an argument.
-        keep_float: names of modules that stay float.
-        quantise_heads: quantise the last layers before the outputs as well.
+        calibration_set: what the outlier probe measures on; its first sample is the example to trace with.
+        names: the inputs of `model`, in the order of its arguments.
+        request: what the user asks of the placement.
+        before: changes the traced float graph in place before the placement is decided; not called for "modules".
 
     Raises:
         InputError: there is nothing to quantise.
+        ConfigError: `request` names what the model does not have, or asks for what cannot be.
     """
+    example = calibration_set.tensors(names, slice(0, 1))
     try:
-        graph = float_graph(model, example)
+        graph, method, reason = trace(model, example)
     except UntraceableError as error:
-        return _build_modules(model, example, str(error), frozenset(keep_float), quantise_heads)
-    placement = place(graph, keep_float=keep_float, quantise_heads=quantise_heads)
+        placement = place_modules(model, calibration_set, names, request, str(error))
+        return convert_modules(model, placement), placement
+    if before is not None:
+        before(graph)
+    placement = replace(probed_placement(graph, calibration_set, names, request), method=method, reason=reason)
     return apply(graph, placement), placement
+
+
+def probed_placement(
+    graph: fx.GraphModule, calibration_set: CalibrationSet, names: Sequence[str], request: Request
+) -> Placement:
+    """Decide the placement of a traced graph, with the outlier probe's word in it; says what the probe saw."""
+    placement = place(graph, request)
+    if not placement.weights:
+        raise InputError("the model has no conv or linear layer that could be quantised")
+    roles = roles_of(graph)
+    calls = {node.name: name for node, name in layer_names(graph, roles).items()}
+    writers = {result(roles, node).name: name for node, name in layer_names(graph, roles).items()}
+    columns = reading_columns(graph, roles)
+    seen = probe_graph(graph, _probed(roles, placement), calibration_set, names)
+    sums = {node.name for node in roles if is_sum(node)}
+    held: dict[str, str] = {}
+    found = hold(placement, measured(placement, seen, columns), calls, writers)
+    while new := {name: why for name, why in found.items() if name not in held}:  # what the user wants in INT8 stays
+        held |= new
+        placement = place(graph, request, held)
+        found = hold(placement, measured(placement, seen, columns), calls, writers)
+    placement = replace(placement, measured=measured(placement, seen, columns))
+    kept = {row.name: row.why for row in placement.floats if row.name in held}
+    for line in report(placement.measured, sums, kept):
+        say(line)
+    return placement
+
+
+def _probed(roles: Roles, placement: Placement) -> list[str]:
+    """The quantised tensors, but of those that only moved just what a layer reads."""
+    quantised = {tensor for row in placement.activations for tensor in row.tensors}
+    return [node.name for node in roles if node.name in quantised
+            and (roles[node] is not Role.PASS or any(roles[user] is Role.WEIGHTED for user in node.users))]
 
 
 def rebuild(model: nn.Module, example: tuple[Tensor, ...], placement: Placement) -> nn.Module:
@@ -51,8 +95,8 @@ def rebuild(model: nn.Module, example: tuple[Tensor, ...], placement: Placement)
         ArtifactError: the model's code is no longer what was quantised.
     """
     if placement.method == "modules":
-        return _convert_modules(model, placement)
-    return apply(float_graph(model, example), placement)
+        return convert_modules(model, placement)
+    return apply(float_graph(model, example, placement.method), placement)
 
 
 def apply(graph: fx.GraphModule, placement: Placement) -> nn.Module:
@@ -83,55 +127,11 @@ def _require_nodes(graph: fx.GraphModule, placement: Placement) -> None:
 
 def _insert(graph: fx.GraphModule, tensor: str, quantizer: str) -> None:
     node = next(n for n in graph.graph.nodes if n.name == tensor)
-    readers = [user for user in node.users if user.op != "output"]
+    readers = [user for user in node.users if user.op != "output" and not is_size(user)]
     with graph.graph.inserting_after(node):
         quantised = graph.graph.call_module(quantizer, (node,))
     for reader in readers:
         reader.replace_input_with(node, quantised)
-
-
-def _build_modules(
-    model: nn.Module, example: tuple[Tensor, ...], reason: str, keep_float: frozenset[str], quantise_heads: bool
-) -> tuple[nn.Module, Placement]:
-    kinds = (*CONV_MODULES, nn.Linear)
-    modules: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-    heads = set() if quantise_heads else head_modules(model, example)
-    floats = dict.fromkeys(sorted(heads), "output head") | dict.fromkeys(keep_float, "kept float on request")
-    chosen = [name for name in _called(model, example, modules) if name not in floats]
-    if not chosen:
-        raise InputError("the model has no conv or linear layer that could be quantised")
-    placement = Placement(
-        "modules",
-        reason,
-        tuple(ActivationRow(name, (f"input of {name}",), (name,)) for name in chosen),
-        tuple(WeightRow(n, type(modules[n]).__name__, int(modules[n].get_parameter("weight").shape[0]))
-              for n in chosen),
-        (),
-        tuple(FloatRow(name, why) for name, why in floats.items()),
-    )
-    return _convert_modules(model, placement), placement
-
-
-def _convert_modules(model: nn.Module, placement: Placement) -> nn.Module:
-    names = [row.module for row in placement.weights]
-    return modelopt.convert(copy.deepcopy(model).eval(), weights=names, inputs=names)
-
-
-def _called(model: nn.Module, example: tuple[Tensor, ...], modules: dict[str, nn.Module]) -> list[str]:
-    """Names of those modules that one forward pass calls, in that order; an unused one would see no data."""
-    order: list[str] = []
-
-    def note(name: str) -> RemovableHandle:
-        return modules[name].register_forward_hook(lambda *_: order.append(name))
-
-    handles = [note(name) for name in modules]
-    try:
-        with evaluation_mode(model):
-            model(*example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(dict.fromkeys(order))
 
 
 def quantizer_name(placement: Placement, row: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import fx, nn
 
 from fmdeploy.iospec import IOSpec
 from fmdeploy.quantize.build import build
-from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, calibrate
-from fmdeploy.quantize.placement import Placement
+from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, Calibrator, calibrate
+from fmdeploy.quantize.clip import clip
+from fmdeploy.quantize.placement import Placement, Request
+from fmdeploy.quantize.ranges import SmoothRow
+from fmdeploy.quantize.smooth import smooth as smooth_graph
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,8 @@ class QuantisedStudent:
 
 
 def ptq(
-    student: nn.Module,
-    io: IOSpec,
-    calibration_set: CalibrationSet,
-    *,
-    keep_float: Iterable[str] = (),
-    quantise_heads: bool = False,
+    student: nn.Module, io: IOSpec, calibration_set: CalibrationSet, *, request: Request = Request(),  # noqa: B008
+    calibrator: Calibrator = "max", smooth: float | None = None, clip_weights: bool = False,
 ) -> QuantisedStudent:
     """Quantise any float module to INT8.
 
@@ -36,16 +34,25 @@ def ptq(
         student: takes the inputs of `io` positionally; not changed, and it need not know fmdeploy.
         io: names and order of the inputs.
         calibration_set: from `calibrate.draw`, or your own arrays.
-        keep_float: names of modules that stay float.
-        quantise_heads: quantise the last layers before the outputs as well.
+        request: what stays float, whether the heads are quantised, a placement file.
+        calibrator: of the activations; a placement file may name others for single tensors.
+        smooth: strength of SmoothQuant's exact re-scaling (arXiv:2211.10438), 0 to 1; None leaves the network alone.
+        clip_weights: narrow weight ranges where that lowers the layer's error (arXiv:2306.00978).
 
     Raises:
         InputError: there is nothing to quantise.
+        ConfigError: `request` names what the network does not have.
         DataError: the samples cannot calibrate it.
     """
     names = [spec.name for spec in io.inputs]
-    module, placement = build(
-        student, calibration_set.tensors(names, slice(0, 1)), keep_float=keep_float, quantise_heads=quantise_heads
-    )
-    calibration = calibrate(module, placement, calibration_set, names)
-    return QuantisedStudent(module.eval(), placement, calibration)
+    smoothed: list[SmoothRow] = []
+
+    def before(graph: fx.GraphModule) -> None:
+        if smooth is not None:
+            smoothed.extend(smooth_graph(graph, calibration_set, names, smooth))
+
+    module, placement = build(student, calibration_set, names, request, before)
+    calibration = calibrate(module, placement, calibration_set, names, calibrator=calibrator,
+                            overrides=placement.calibrators)
+    clipped = clip(module, calibration_set, names) if clip_weights else ()
+    return QuantisedStudent(module.eval(), placement, replace(calibration, smoothed=tuple(smoothed), clipped=clipped))

@@ -1,67 +1,86 @@
-"""`quantize`: from a STUDENT to a QUANTIZED, by calibration alone (ptq) or with some training (qat)."""
+"""`quantize`: from a STUDENT to a QUANTIZED, by calibration alone (ptq) or with some training (qat, qad)."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
-from typing import Any, Literal
-
-from pydantic import Field
+from dataclasses import dataclass
+from typing import Any
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import command
-from fmdeploy.config import InputPath, OutputPath
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
-from fmdeploy.errors import DataError
+from fmdeploy.errors import DataError, GateError
+from fmdeploy.estimate.devices import device
 from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
 from fmdeploy.manifest import Kind, Parent
 from fmdeploy.models.outputs import predictor
 from fmdeploy.models.saved import RECIPE, WEIGHTS, LoadedModel, load_model
 from fmdeploy.quantize import calibrate
+from fmdeploy.quantize.config import QuantizeConfig
+from fmdeploy.quantize.layers import layer_sqnr
+from fmdeploy.quantize.mixed import Mixed, mix
+from fmdeploy.quantize.placement import Request
+from fmdeploy.quantize.placementfile import read_placement
 from fmdeploy.quantize.ptq import QuantisedStudent, ptq
-from fmdeploy.quantize.qat import qat
+from fmdeploy.quantize.qad import teaching
+from fmdeploy.quantize.qat import imitation, qat, validation
 from fmdeploy.quantize.scores import carry_over, judge, relative_drop
 from fmdeploy.quantize.store import save_quantized
-from fmdeploy.training.config import Precision, TrainingConfig
 from fmdeploy.training.device import resolve_precision, together
+from fmdeploy.training.loop import Timing
 
 
-class QuantizeConfig(TrainingConfig):
-    """How the student is quantised. The training options matter for `qat` only."""
+@dataclass(frozen=True)
+class Sources:
+    """What is quantised, and on what."""
 
-    student: InputPath = Field(description="STUDENT")
-    data: InputPath = Field(description="DATASET that the student was trained on")
-    out: OutputPath = Field(description="Where the QUANTIZED is written")
-    mode: Literal["ptq", "qat"] = Field("ptq", description="calibrate only, or train with fake quantisation too")
-    calibration_samples: int = Field(256, ge=1, description="samples that show the ranges")
-    calibration_split: str = Field("train", description="must be 'train'; the others are for judging")
-    keep_float: tuple[str, ...] = Field((), description="modules to leave in float, such as stem.0.0")
-    quantise_heads: bool = Field(False, description="quantise the last layers too (their outputs stay float)")
-    alpha_student: float = Field(1.0, ge=0, description="qat: weight of imitating the float student")
-    alpha_labels: float = Field(0.0, ge=0, description="qat: weight of the labels of the whole training split")
-    steps: int = Field(200, ge=1, description="qat: optimiser steps")
-    lr: float = Field(1e-4, gt=0, description="qat: peak learning rate")
-    precision: Precision = Field("fp32", description="qat: arithmetic of the fake-quantised network")
+    student: Artifact
+    data: Dataset
+    loaded: LoadedModel
+    request: Request
+    teacher: Artifact | None
+    features: Artifact | None
+
+    def inputs(self) -> dict[str, Artifact]:
+        """Roles of the artifacts, for the manifest."""
+        given = {"student": self.student, "data": self.data.artifact, "teacher": self.teacher,
+                 "features": self.features}
+        return {role: artifact for role, artifact in given.items() if artifact is not None}
 
 
 @command(QuantizeConfig)
 def quantize(config: QuantizeConfig) -> Artifact:
-    """Quantise a student to INT8: fold, place, calibrate, and train where the mode is qat.
+    """Quantise a student to INT8: fold, place, calibrate; train where the mode is qat or qad; judge.
+
+    With `max_drop` the cheapest layers are kept in float so that the metric drops no further on the validation split.
 
     Raises:
         ArtifactError: an input is not what it should be.
         DataError: the samples cannot calibrate the student, or belong to another dataset.
-        ConfigError: an unknown module to keep float, or no loss for qat.
+        ConfigError: an unknown module, device or teacher, or no loss for qat.
+        GateError: `max_drop` was not reached. The best that was found is written all the same.
     """
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
+    sources = _open(config)
+    made = produce(
+        config.out, Kind.QUANTIZED, stage="quantize", config=config, inputs=sources.inputs(),
+        build=lambda draft: _build(draft, config, sources), resumable=config.mode != "ptq",
+    )
+    _require_drop(made)
+    return made
+
+
+def _open(config: QuantizeConfig) -> Sources:
+    if config.max_drop is not None:
+        device(config.device)  # an unknown one is refused before the work, not after
     student, data = open_artifact(config.student, Kind.STUDENT), open_dataset(config.data)
     require_same_data(student, data)
-    return produce(
-        config.out, Kind.QUANTIZED, stage="quantize", config=config,
-        inputs={"student": student, "data": data.artifact},
-        build=lambda draft: _build(draft, config, student, data), resumable=config.mode == "qat",
-    )
+    teacher = open_artifact(config.teacher, Kind.TEACHER) if config.teacher else None
+    features = open_artifact(config.features, Kind.FEATURES) if config.features else None
+    return Sources(student, data, load_model(student), _request(config), teacher, features)
 
 
 def require_same_data(student: Artifact, data: Dataset) -> None:
@@ -80,33 +99,65 @@ def _ancestors(inputs: Mapping[str, Parent]) -> list[Parent]:
     return [found for parent in inputs.values() for found in (parent, *_ancestors(parent.inputs))]
 
 
-def _build(draft: Draft, config: QuantizeConfig, student: Artifact, data: Dataset) -> None:
+def _build(draft: Draft, config: QuantizeConfig, sources: Sources) -> None:
     with together():
-        loaded = load_model(student)
-        calibration_set = calibrate.draw(loaded.task, data, count=config.calibration_samples, seed=config.seed,
+        task = sources.loaded.task
+        calibration_set = calibrate.draw(task, sources.data, count=config.calibration_samples, seed=config.seed,
                                          split=config.calibration_split)
-        quantised = ptq(loaded.module, loaded.task.io, calibration_set, keep_float=config.keep_float,
-                        quantise_heads=config.quantise_heads)
-        if config.mode == "qat":
-            timing = qat(quantised, loaded.module, loaded.task, data, config, alpha_student=config.alpha_student,
-                         alpha_labels=config.alpha_labels, folder=draft.path("work/qat"),
-                         log=draft.path("log.jsonl"))
+        request, quantised = sources.request, _ptq(config, sources, calibration_set, sources.request)
+        timing = None
+        if config.mode != "ptq":
+            quantised, timing = _train(draft, config, sources, quantised)
             draft.note(training=timing.as_note())
         if draft.is_main:
-            save_quantized(draft, quantised.module, quantised.placement, quantised.calibration)
+            mixed = mix(config, sources.loaded, sources.data, quantised, request,
+                        lambda other: _ptq(config, sources, calibration_set, other))
+            mixed.save(draft)
+            save_quantized(draft, mixed.student.module, mixed.student.placement, mixed.student.calibration)
             for name in (RECIPE, WEIGHTS):  # the float student travels along: export writes its FP32 variant from it
-                shutil.copyfile(student.path(name), draft.path(name))
-            metrics = _metrics(draft, config, student, data, loaded, quantised, calibration_set)
-            draft.write_json("metrics.json", metrics)
+                shutil.copyfile(sources.student.path(name), draft.path(name))
+            draft.write_json("metrics.json", _metrics(draft, config, sources, mixed, calibration_set, timing))
+
+
+def _request(config: QuantizeConfig) -> Request:
+    table = read_placement(config.placement) if config.placement else None
+    return Request(config.keep_float, config.quantise_heads, table)
+
+
+def _ptq(
+    config: QuantizeConfig, sources: Sources, calibration_set: calibrate.CalibrationSet, request: Request
+) -> QuantisedStudent:
+    return ptq(sources.loaded.module, sources.loaded.task.io, calibration_set, request=request,
+               calibrator=config.calibrator, smooth=config.smooth, clip_weights=config.clip_weights)
+
+
+def _train(
+    draft: Draft, config: QuantizeConfig, sources: Sources, quantised: QuantisedStudent
+) -> tuple[QuantisedStudent, Timing]:
+    task, data = sources.loaded.task, sources.data
+    if config.mode == "qad":
+        assert config.teacher is not None
+        lesson = teaching(quantised, sources.student, config, data=config.data, teacher=config.teacher,
+                          features=config.features, task=sources.loaded.recipe.task)
+    else:
+        lesson = imitation(sources.loaded.module, task, data, config, alpha_student=config.alpha_student,
+                           alpha_labels=config.alpha_labels)
+    judged = validation(task, data, every=config.validate_every, patience=config.patience,
+                        count=config.validation_samples)
+    found = qat(quantised, lesson, config, folder=draft.path(f"work/{config.mode}"), log=draft.path("log.jsonl"),
+                learn_scales=config.learn_scales, judged=judged, title=config.mode)
+    sources.loaded.module.cpu()
+    return found
 
 
 def _metrics(
-    draft: Draft, config: QuantizeConfig, student: Artifact, data: Dataset, loaded: LoadedModel,
-    quantised: QuantisedStudent, calibration_set: calibrate.CalibrationSet,
+    draft: Draft, config: QuantizeConfig, sources: Sources, mixed: Mixed, calibration_set: calibrate.CalibrationSet,
+    timing: Timing | None,
 ) -> dict[str, Any]:
-    task = loaded.task
-    float_student, int8 = predictor(loaded.module, task.io), predictor(quantised.module, task.io)
-    before = carry_over(draft, student, task, data, float_student)
+    task, data, quantised = sources.loaded.task, sources.data, mixed.student
+    names = [spec.name for spec in task.io.inputs]
+    float_student, int8 = predictor(sources.loaded.module, task.io), predictor(quantised.module, task.io)
+    before = carry_over(draft, sources.student, task, data, float_student)
     after = judge(draft, int8, task, data, examples=True)
     wanted, found = float_student(calibration_set.inputs), int8(calibration_set.inputs)
     return {
@@ -115,21 +166,44 @@ def _metrics(
         "student": before,
         "drop": relative_drop(before, after, task.metrics()[0].name),
         "sqnr_db": {name: finite_db(sqnr_db(wanted[name], found[name])) for name in wanted},
-        **summary(quantised),
+        "layer_sqnr_db": layer_sqnr(quantised.module, quantised.placement, calibration_set, names),
+        **_summary(quantised),
+        **mixed.summary(),
+        **({"training": _training(timing)} if timing else {}),
     }
 
 
-def summary(quantised: QuantisedStudent) -> dict[str, Any]:
-    """Counts of what was quantised and what was not."""
+def _summary(quantised: QuantisedStudent) -> dict[str, Any]:
+    """Counts of what was quantised, and what was not and why."""
     placement, calibration = quantised.placement, quantised.calibration
     return {
-        "calibration": {"samples": len(calibration.samples), "digest": calibration.digest},
+        "calibration": {"samples": len(calibration.samples), "digest": calibration.digest,
+                        "calibrator": calibration.calibrator},
         "placement": {
             "method": placement.method,
             "reason": placement.reason or "",
             "weights": len(placement.weights),
             "activations": len(placement.activations),
             "adds": len(placement.adds),
-            "float": [f"{row.node}: {row.why}" for row in placement.floats],
+            "float": {row.name: row.why for row in placement.floats},
         },
     }
+
+
+def _training(timing: Timing) -> dict[str, Any]:
+    """Which state stayed, and every look at the validation split (steps done, score)."""
+    judged = [[step, score if math.isfinite(score) else None] for step, score in timing.judged]
+    return {"best_step": timing.best_step, "validation": judged}
+
+
+def _require_drop(made: Artifact) -> None:
+    """Refuse a result that misses the limit it was asked for; it stays on disk.
+
+    Raises:
+        GateError: says what the best one was.
+    """
+    found = made.json("metrics.json").get("search")
+    if found is not None and not found["reached"]:
+        raise GateError(f"no network with a layer in INT8 keeps {found['metric']} within the limit on the validation "
+                        "split; the best one was written", where=made.root, expected=f"drop <= {found['max_drop']:g}",
+                        found=found["drop"], fix="Train it on the grid with --mode qad, or allow a larger --max-drop")

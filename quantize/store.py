@@ -1,7 +1,8 @@
 """A quantised student inside an artifact, without pickle: a placement, weights and ranges.
 
     quantized.safetensors   folded weights and biases, and `range/<quantizer>` = amax of every quantizer
-    placement.json          where the quantizers stand
+    placement.json          where the quantizers stand; placement.toml the same for a person to read and edit
+    placement.toml          the same for people: edit it and give it to `--placement`
     calibration.json        which samples gave the ranges
     model.json              how to build the float student (copied from the STUDENT)
 
@@ -28,10 +29,13 @@ from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.build import rebuild, tracing_example
 from fmdeploy.quantize.calibrate import Calibration
 from fmdeploy.quantize.placement import Placement
+from fmdeploy.quantize.placementfile import to_toml
 from fmdeploy.task import Task, load_task
 
 WEIGHTS = "quantized.safetensors"
 PLACEMENT = "placement.json"
+PLACEMENT_TOML = "placement.toml"
+PLACEMENT_TOML = "placement.toml"
 CALIBRATION = "calibration.json"
 RANGE = "range/"
 AMAX = "._amax"  # modelopt's buffer inside a quantizer's state
@@ -80,6 +84,8 @@ def save_quantized(draft: Draft, module: nn.Module, placement: Placement, calibr
     """Write weights, ranges, placement and calibration into the draft of a QUANTIZED."""
     save_state(draft.path(WEIGHTS), module)
     draft.write_json(PLACEMENT, placement.to_json())
+    draft.write_text(PLACEMENT_TOML, to_toml(placement))
+    draft.write_text(PLACEMENT_TOML, to_toml(placement))
     draft.write_json(CALIBRATION, calibration.to_json())
 
 

@@ -38,6 +38,8 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "distill": Verb("fmdeploy.distill.distill:distill", "Train the student from the teacher."),
     "quantize": Verb("fmdeploy.quantize.quantize:quantize", "Calibrate, place and tune INT8."),
     "export": Verb("fmdeploy.export.export:export", "Write ONNX variants, golden vectors and budgets: the bundle."),
+    "build": Verb("fmdeploy.export.tensorrt.build:build", "Build and prove a TensorRT engine, on the device."),
+    "estimate": Verb("fmdeploy.estimate.estimate:estimate", "Predict the latency on a device, with a band."),
     "check": Verb("fmdeploy.runtime.check:check", "Measure every budget here; exit 1 when one fails."),
     "compare": Verb("fmdeploy.runtime.compare:compare", "Gate a candidate against what is deployed."),
     "run": Verb("fmdeploy.runtime.run:run", "Run a bundle over a dataset."),

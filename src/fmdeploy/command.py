@@ -28,7 +28,8 @@ class Outcome:
     """What a command that writes no artifact has to say."""
 
     lines: tuple[str, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Any = field(default_factory=dict)
+    """What --json prints: an object, for `export --lint` a list."""
     exit_code: int = 0
 
 

@@ -58,7 +58,7 @@ def test_int8_keeps_the_accuracy(digits: Path) -> None:
 
 def test_residual_add_of_a_plain_module_is_quantised(digits: Path) -> None:
     placement = metrics(digits / "quantized")["placement"]
-    assert placement["method"] == "graph"
+    assert placement["method"] == "fx"
     assert placement["adds"] == 1
     fused = metrics(digits / "bundle")["variants"]["int8-cpu"]["fused"]
     assert (fused["int8_convs"], fused["int8_adds"], fused["float_convs"], fused["float_adds"]) == (3, 1, 0, 0)

@@ -25,6 +25,7 @@ from fmdeploy.models import predictor
 from fmdeploy.quantize.quantize import quantize
 from fmdeploy.quantize.store import load_quantized
 from fmdeploy.runtime.session import Runtime
+from fmdeploy.runtime.tensorrt_api import installed
 from support.training_data import STUDENT, TEACHER, write_scenes
 
 FOREIGN = """
@@ -80,7 +81,7 @@ def test_quantized_carries_tables_evaluations_and_numbers(home: Path) -> None:
     metrics = found.json("metrics.json")
     assert metrics["mode"] == "ptq"
     assert metrics["calibration"]["samples"] == 12
-    assert (metrics["placement"]["method"], metrics["placement"]["adds"]) == ("graph", 5)
+    assert (metrics["placement"]["method"], metrics["placement"]["adds"]) == ("fx", 5)
     assert min(metrics["sqnr_db"].values()) > 20
     assert set(metrics["drop"]) == {"test", "val"}
     for name in ("evaluation", "validation", "student_evaluation", "teacher_evaluation"):
@@ -103,19 +104,41 @@ def test_restored_student_scores_what_the_stage_said(home: Path) -> None:
 def test_bundle_holds_every_promised_file(home: Path) -> None:
     bundle = open_artifact(home / "bundle", Kind.BUNDLE)
     assert set(bundle.manifest.files) >= {
-        "model.fp32.onnx", "model.int8.onnx", "model.int8-cpu.onnx", "golden.safetensors", "golden.json", "budgets.toml",
+        "model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx", "model.int8-cpu.onnx", "golden.safetensors", "golden.json",
+        "budgets.toml",
         "calibration.json", "input_statistics.json", "io.json", "card.md", "metrics.json",
         "teacher_evaluation.json", "teacher_evaluation.safetensors", "student_evaluation.json",
     }
     metrics = bundle.json("metrics.json")
     fused = metrics["variants"]["int8-cpu"]["fused"]
     assert (fused["int8_convs"], fused["int8_adds"], fused["float_adds"]) == (11, 5, 0)
-    for variant, floor in (("fp32", 60), ("int8", 40), ("int8-cpu", 30)):
+    for variant, floor in (("fp32", 60), ("fp16", 45), ("int8", 25), ("int8-cpu", 30)):
         parity = metrics["variants"][variant]["parity"]
         assert min(parity["sqnr_db"].values()) >= floor
+        assert min(parity["cosine"].values()) > 0.998
+    assert min(metrics["qdq_graph"]["sqnr_db"].values()) >= 40
     assert IOSpec.model_validate(bundle.json("io.json")).inputs[0].name == "lidar"
     assert read_budgets(bundle.path("budgets.toml")).accuracy.metric == "iou"
     assert "| model.int8-cpu.onnx |" in bundle.path("card.md").read_text()
+
+
+def test_golden_vectors_hold_the_answers_of_torch_and_of_every_file(home: Path) -> None:
+    golden = open_artifact(home / "bundle").tensors("golden.safetensors")
+    sources = {"reference.fp32", "reference.int8", *(f"output.{v}" for v in ("fp32", "fp16", "int8", "int8-cpu"))}
+    assert {name.rpartition(".")[0] for name in golden if name.endswith(".bev")} == {"target", *sources}
+    for ours, theirs in (("output.fp32", "reference.fp32"), ("output.int8", "reference.int8")):
+        assert sqnr_db(golden[f"{theirs}.bev"], golden[f"{ours}.bev"]) > 25
+
+
+@pytest.mark.skipif(not installed("tensorrt-rtx"), reason="needs the extra [trt-rtx]")
+def test_bundle_tells_what_the_tensorrt_compiler_made_of_it(home: Path) -> None:
+    found = open_artifact(home / "bundle").json("tensorrt.json")
+    assert len(found["required_int8"]) == found["files"]["int8"]["counts"]["INT8"] == 11
+    assert "sm_87" in found["not_proven"]
+    layer = next(row for row in found["files"]["int8"]["layers"] if row["compute"])
+    assert layer["precision"] == "INT8"
+    assert (layer["inputs"], layer["weights"][0], layer["nodes"][0][0]) == (["INT8"], "INT8", "/")
+    assert "tensorrt-rtx 1.7" in (home / "bundle/card.md").read_text()
 
 
 def test_runtime_answers_with_the_golden_outputs(home: Path) -> None:
@@ -178,7 +201,7 @@ def test_module_that_never_heard_of_fmdeploy(
     found = quantize(student=tmp_path / "s", data=home / "data", out=tmp_path / "q", calibration_samples=6)
     placement = found.json("placement.json")
     if which == "traceable":
-        assert (placement["method"], placement["adds"]) == ("graph", ["add"])
+        assert (placement["method"], placement["adds"]) == ("fx", ["add"])
     else:
         assert placement["method"] == "modules"
         assert "foreign_net.py:16 `if self.branching and x.mean() > -1:`" in placement["reason"]
@@ -197,7 +220,7 @@ def _refusals(home: Path, tmp: Path) -> dict[str, tuple[Any, dict[str, Any], typ
         "another dataset": (quantize, {**given, "data": tmp / "other"}, DataError, "not the dataset that the student was"),
         "no dataset": (quantize, {**given, "data": tmp / "none"}, ArtifactError, "no such artifact"),
         "foreign kind": (quantize, {**given, "student": data}, ArtifactError, "another kind"),
-        "unknown layer": (quantize, {**given, "keep_float": ["nope"]}, ConfigError, "no conv or linear is called 'nope'"),
+        "unknown layer": (quantize, {**given, "keep_float": ["nope"]}, ConfigError, "no conv, linear or sum is called 'nope'"),
         "unknown key": (quantize, {**given, "colour": 1}, ConfigError, "unknown key 'colour'"),
         "no samples": (quantize, {**given, "calibration_samples": 0}, ConfigError, "calibration_samples"),
         "no loss": (quantize, {**given, "mode": "qat", "alpha_student": 0.0, "batch": 4}, ConfigError, "QAT needs a loss"),

@@ -1,4 +1,4 @@
-"""`kill -9` at a random moment of training, caching and distilling, then the same command again: the same artifact."""
+"""`kill -9` at a random moment of training, caching, distilling and QAD, then the same command again: the same artifact."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.distill.distill import distill
 from fmdeploy.errors import ArtifactError
+from fmdeploy.quantize.quantize import quantize
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.train import train
 from support.processes import FMDEPLOY
@@ -32,6 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(**_teacher(folder, folder / "teacher"))
     cache(**_cache(folder, folder / "features"))
     distill(**_student(folder, folder / "student"))
+    quantize(**_quantized(folder, folder / "quantized"))
     return folder
 
 
@@ -48,8 +50,15 @@ def _student(home: Path, out: Path) -> dict[str, Any]:
             "labels": 0.5, "checkpoint_every": 7, "ema": 0.9, **STUDENT, "steps": 150}
 
 
+def _quantized(home: Path, out: Path) -> dict[str, Any]:
+    return {"data": home / "data", "student": home / "student", "teacher": home / "teacher",
+            "features": home / "features", "out": out, "mode": "qad", "steps": 90, "batch": 4, "checkpoint_every": 7,
+            "validate_every": 10, "patience": 0, "learn_scales": True, "calibration_samples": 8, "precision": "fp32"}
+
+
 def _flags(options: dict[str, Any]) -> list[str]:
-    return [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    flags = {"--" + name.replace("_", "-"): value for name, value in options.items()}
+    return [part for flag, value in flags.items() for part in ((flag,) if value is True else (flag, str(value)))]
 
 
 def _num_lines(partial: Path) -> int:
@@ -79,6 +88,7 @@ def _kill(verb: list[str], options: dict[str, Any], done: Callable[[Path], int],
     (["teacher", "train"], _teacher, train, _num_lines, 80, "teacher"),
     (["cache"], _cache, cache, _num_shards, 36, "features"),
     (["distill"], _student, distill, _num_lines, 150, "student"),
+    (["quantize"], _quantized, quantize, _num_lines, 90, "quantized"),
 ])
 def test_killed_and_run_again_gives_the_same_artifact(
     home: Path, tmp_path: Path, verb: list[str], options: Callable[[Path, Path], dict[str, Any]],

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, numpy_helper
-
-from fmdeploy.errors import ModelFileError
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 Array = np.ndarray[Any, Any]
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
+
+
+class Constants(MutableMapping[str, Array]):
+    """Initialisers by name, decoded when they are asked for: a graph is looked at far more often than its weights."""
+
+    def __init__(self, tensors: Iterable[TensorProto]) -> None:
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._arrays: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._arrays:
+            self._arrays[name] = numpy_helper.to_array(self._tensors[name])
+        return self._arrays[name]
+
+    def __setitem__(self, name: str, value: Array) -> None:
+        self._arrays[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        known = name in self
+        self._arrays.pop(name, None)
+        self._tensors.pop(name, None)
+        if not known:
+            raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays or name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._tensors, **self._arrays})
+
+    def __len__(self) -> int:
+        return len(self._tensors.keys() | self._arrays.keys())
 
 
 class Graph:
@@ -26,7 +57,7 @@ class Graph:
     def refresh(self) -> None:
         """Build the lookups again after nodes or initialisers were added or removed."""
         graph = self.model.graph
-        self.constants: dict[str, Array] = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+        self.constants: MutableMapping[str, Array] = Constants(graph.initializer)
         self.maker: dict[str, NodeProto] = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[NodeProto]] = defaultdict(list)
         for node in graph.node:
@@ -41,9 +72,12 @@ class Graph:
 
     def set_constant(self, name: str, value: Array) -> str:
         """Add or replace the initialiser `name`; returns the name."""
-        self.drop_constants({name})
-        self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape),
-                                                                    name))
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
+        stored = next((old for old in self.model.graph.initializer if old.name == name), None)
+        if stored is None:
+            self.model.graph.initializer.append(tensor)
+        else:  # in place: building the list again copies every weight of the model
+            stored.CopyFrom(tensor)
         self.constants[name] = value
         return name
 
@@ -90,27 +124,6 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
         if item.name == name:
             return onnx.helper.get_attribute_value(item)
     return default
-
-
-def load_model(path: Path) -> ModelProto:
-    """Read and check a single-file ONNX model.
-
-    Raises:
-        ModelFileError: it is missing, not ONNX, invalid, or keeps weights in other files.
-    """
-    if not path.is_file():
-        raise ModelFileError("no such model file", where=path)
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError, onnx several others
-        raise ModelFileError(f"is not an ONNX model: {str(error).splitlines()[0][:80]}", where=path) from error
-    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer):
-        raise ModelFileError("keeps its weights in other files", where=path, fix="Save it as a single file")
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise ModelFileError(f"is not valid ONNX: {str(error).splitlines()[0][:120]}", where=path) from error
-    return model
 
 
 def save_model(model: ModelProto, path: Path) -> None:

@@ -51,9 +51,11 @@ def run_model(model: bytes | Path, feeds: Arrays, *, optimise: bool = True) -> A
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def ort_predictor(path: Path, io: IOSpec, *, threads: int = 1, optimise: bool = True) -> Callable[[Arrays], Arrays]:
+def ort_predictor(
+    model: bytes | Path, io: IOSpec, *, threads: int = 1, optimise: bool = True
+) -> Callable[[Arrays], Arrays]:
     """Return a function from inputs (B, ...) to outputs (B, ...) that feeds a batch-1 model sample by sample."""
-    session = cpu_session(path, threads=threads, optimise=optimise)
+    session = cpu_session(model, threads=threads, optimise=optimise)
     names = [spec.name for spec in io.outputs]
 
     def predict(inputs: Arrays) -> Arrays:

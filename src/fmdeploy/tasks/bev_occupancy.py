@@ -105,14 +105,16 @@ class BevOccupancy(Task):
         return BevTeacher(self._channels(), PLANES, len(SCENES), sizes)
 
     def student(self, name: str, options: Mapping[str, Any]) -> nn.Module:
-        """`cnn` or `vit`, or anything `models.factory` knows."""
+        """`cnn`, `vit` or `depthwise`, or anything `models.factory` knows."""
         from fmdeploy.models.bev_cnn import BevCnn
         from fmdeploy.models.bev_vit import BevVit
+        from fmdeploy.models.depthwise import BevDepthwise
         from fmdeploy.models.factory import make_student
 
         built_in = {
             "cnn": lambda chosen: BevCnn(self._channels(), PLANES, len(SCENES), **chosen),
             "vit": lambda chosen: BevVit(self._channels(), PLANES, len(SCENES), **chosen),
+            "depthwise": lambda chosen: BevDepthwise(self._channels(), PLANES, len(SCENES), **chosen),
         }
         return make_student(name, options, self.io, built_in)
 

@@ -76,9 +76,13 @@ class ImageClassification(Task):
         return TransformerClassifier(self.image_shape[0], self.num_classes, self.image_shape[1], **sizes)
 
     def student(self, name: str, options: Mapping[str, Any]) -> nn.Module:
-        """`cnn` (options `width`, `blocks`), or anything `models.factory` knows."""
+        """`cnn` or `depthwise` (options `width`, `blocks`), or anything `models.factory` knows."""
         from fmdeploy.models.classifier import CnnClassifier
+        from fmdeploy.models.depthwise import DepthwiseClassifier
         from fmdeploy.models.factory import make_student
 
-        built_in = {"cnn": lambda chosen: CnnClassifier(self.image_shape[0], self.num_classes, **chosen)}
+        built_in = {
+            "cnn": lambda chosen: CnnClassifier(self.image_shape[0], self.num_classes, **chosen),
+            "depthwise": lambda chosen: DepthwiseClassifier(self.image_shape[0], self.num_classes, **chosen),
+        }
         return make_student(name, options, self.io, built_in)

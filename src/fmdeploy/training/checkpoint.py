@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fmdeploy.training.ema import WeightAverage
+from fmdeploy.training.validation import BestState
 
 PATTERN = "checkpoint-*.safetensors"
 KEEP = 2
@@ -27,6 +28,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     scaler: Any = None
+    best: BestState | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under stable names."""
@@ -36,10 +38,17 @@ class TrainingState:
                 found[f"optimizer.{key}.{name}"] = value
         if self.average is not None:
             found |= {f"average.{name}": value for name, value in self.average.values.items()}
+        if self.best is not None:
+            found |= {f"best.{name}": value for name, value in self.best.values.items()}
         return found
 
-    def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
-        """Put back what `tensors` gave."""
+    def metadata(self) -> dict[str, str]:
+        """What is no tensor, as text."""
+        scaler = self.scaler.state_dict() if self.scaler is not None else {}
+        return {"scaler": json.dumps(scaler), "judged": json.dumps(self.best.to_json() if self.best else [])}
+
+    def restore(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Put back what `tensors` and `metadata` gave."""
         self.model.load_state_dict(_below("model.", tensors))
         state = _below("optimizer.", tensors)
         keys = {name.partition(".")[0] for name in state}
@@ -49,7 +58,9 @@ class TrainingState:
                 self.optimizer.state[parameter] = {key: _laid_out(value, parameter) for key, value in values.items()}
         if self.average is not None:
             self.average.values = _below("average.", tensors)
-        if self.scaler is not None and scaler:
+        if self.best is not None:
+            self.best.restore(_below("best.", tensors), json.loads(metadata["judged"]))
+        if self.scaler is not None and (scaler := json.loads(metadata["scaler"])):
             self.scaler.load_state_dict(scaler)
 
 
@@ -67,10 +78,9 @@ def save_checkpoint(folder: Path, state: TrainingState, step: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"checkpoint-{step:08d}.safetensors"
     unfinished = target.with_suffix(".tmp")
-    scaler = state.scaler.state_dict() if state.scaler is not None else {}
     # A copy of each: tied weights are one storage under two names, which safetensors refuses.
     tensors = {name: value.detach().to("cpu").contiguous().clone() for name, value in state.tensors().items()}
-    save_file(tensors, unfinished, metadata={"step": str(step), "scaler": json.dumps(scaler)})
+    save_file(tensors, unfinished, metadata={"step": str(step), **state.metadata()})
     with unfinished.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(unfinished, target)
@@ -89,5 +99,5 @@ def load_checkpoint(path: Path, state: TrainingState, device: torch.device) -> i
     with safe_open(path, framework="pt", device=str(device)) as archive:
         tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - not a mapping
         metadata = archive.metadata()
-    state.restore(tensors, json.loads(metadata["scaler"]))
+    state.restore(tensors, metadata)
     return int(metadata["step"])

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fmdeploy.training.ema import WeightAverage
 from fmdeploy.training.loader import Prefetcher
 from fmdeploy.training.log import StepLog
 from fmdeploy.training.schedule import learning_rate, make_optimizer
+from fmdeploy.training.validation import BestState, Validation
 
 Batch = dict[str, Arrays]  # such as {"inputs": {...}, "targets": {...}}, every array (B, ...)
 Tensors = dict[str, dict[str, Tensor]]  # the same on the device
@@ -51,6 +52,7 @@ class Job:
             model, whose forward runs in the configured precision and returns float32.
         folder: Where checkpoints go.
         log: The JSON-lines log.
+        validation: How it is judged on the way; the best state stays. None: the last one stays.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Job:
     losses: Callable[[nn.Module, Tensors], Losses]
     folder: Path
     log: Path
+    validation: Validation | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,15 @@ class Timing:
         steps: Steps done by this process run (a resumed one did the others before).
         seconds: Wall clock of those.
         waited_s: Of it, waiting for data.
+        judged: Steps done and validation score, in order; empty where nothing was judged.
+        best_step: Steps done when the state that stays was reached; the last one where nothing was judged.
     """
 
     steps: int
     seconds: float
     waited_s: float
+    judged: tuple[tuple[int, float], ...] = ()
+    best_step: int = 0
 
     def as_note(self) -> dict[str, float]:
         """Numbers for the environment part of a manifest."""
@@ -85,7 +92,8 @@ class Timing:
 def fit(job: Job, config: TrainingConfig) -> Timing:
     """Train `job.model` for `config.steps` steps, from the last checkpoint in `job.folder` if there is one.
 
-    Afterwards the model holds the averaged weights when `config.ema` is set, else the last ones.
+    Afterwards the model holds the averaged weights when `config.ema` is set, else the last ones; or, where the job has
+    a validation, the best ones that it saw.
 
     Raises:
         DivergedError: the loss is not finite; the last good checkpoint stays.
@@ -112,7 +120,8 @@ class Run:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = make_optimizer(self.model, config)
         average = WeightAverage(self.model, config.ema) if config.ema else None
-        self.state = TrainingState(self.model, optimizer, average, self.accelerator.scaler)
+        best = BestState() if job.validation is not None else None
+        self.state = TrainingState(self.model, optimizer, average, self.accelerator.scaler, best)
         self.start = self._resume()
         self.log = StepLog(job.log if world()[0] == 0 else None, self.start)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -125,19 +134,48 @@ class Run:
     def train(self) -> Timing:
         """All remaining steps; see `fit`."""
         config, started = self.config, time.perf_counter()
+        over = self._judge(self.start) if self.start == 0 else False
         loader = Prefetcher(self._make, self._keys())
+        done = self.start
         self.model.train()
         try:
             with progress(self.job.title, total=config.steps, done=self.start) as bar:
-                for step in range(self.start, config.steps):
-                    self.step(step, loader.take)
-                    self._account(step + 1, bar)
+                while done < config.steps and not over:
+                    self.step(done, loader.take)
+                    done += 1
+                    over = self._judge(done)
+                    self._account(done, bar, last=over or done == config.steps)
         finally:
             loader.close()
             unwrap(self.accelerator, self.wrapped, self.model)
+        return self._finish(Timing(done - self.start, time.perf_counter() - started, loader.waited_s), done)
+
+    def _finish(self, timing: Timing, done: int) -> Timing:
+        """Put the state that stays into the model."""
+        best = self.state.best
+        if best is not None:
+            best.copy_to(self.model)
+            return replace(timing, judged=tuple(best.judged), best_step=best.step)
         if self.state.average is not None:
             self.state.average.copy_to(self.model)
-        return Timing(config.steps - self.start, time.perf_counter() - started, loader.waited_s)
+        return replace(timing, best_step=done)
+
+    def _judge(self, done: int) -> bool:
+        """Judge the state after `done` steps where one is due, and say whether to stop."""
+        rule, best = self.job.validation, self.state.best
+        if rule is None or best is None or (done % rule.every and done != self.config.steps):
+            return False
+        kept = self.state.average and WeightAverage(self.model, 0.0)  # a copy of what is trained
+        if self.state.average is not None:
+            self.state.average.copy_to(self.model)
+        score = rule.score(self.model)
+        best.take(self.model, done, score)
+        if kept:
+            kept.copy_to(self.model)
+        self.model.train()
+        if self.pending:
+            self.pending[-1]["validation"] = torch.tensor(score, device=self.accelerator.device)
+        return best.exhausted(rule.patience)
 
     def _keys(self) -> Iterator[int]:
         return iter(range(self.start * self.config.accumulation, self.config.steps * self.config.accumulation))
@@ -171,9 +209,9 @@ class Run:
             self.accelerator.backward(total / self.config.accumulation)
         return {"loss": total, **parts}
 
-    def _account(self, done: int, bar: Bar) -> None:
-        save = done % self.config.checkpoint_every == 0 and done < self.config.steps
-        if save or done % FLUSH_EVERY == 0 or done == self.config.steps:
+    def _account(self, done: int, bar: Bar, *, last: bool) -> None:
+        save = done % self.config.checkpoint_every == 0 and not last
+        if save or done % FLUSH_EVERY == 0 or last:
             self._flush(bar)
         if save and self.accelerator.is_main_process:
             save_checkpoint(self.job.folder, self.state, done)

@@ -18,18 +18,21 @@ from fmdeploy.cpu import Isa, this_cpu
 from fmdeploy.errors import ModelFileError
 from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.export import dialects
-from fmdeploy.export.dialects import cpu_dialect, is_non_negative, quantised_weight
+from fmdeploy.export.dialects import cpu_dialect, is_non_negative, quantised_weight, spell_for_cpu
 from fmdeploy.export.fused import fused_ops
-from fmdeploy.export.isa import saturating_layers
+from fmdeploy.export.isa import narrow_weights, require_exact, saturating_layers
 from fmdeploy.export.onnx import export_onnx
 from fmdeploy.iospec import IOSpec
 from fmdeploy.onnxfile.graph import DQ, Graph, Q, save_model
-from fmdeploy.onnxfile.session import ort_predictor
+from fmdeploy.onnxfile.session import ort_predictor, run_model
 from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.ptq import ptq
+from support.onnxgraphs import quantised_convs
+from support.qdq import file_of
 from support.quantize_nets import NETS, concat, samples_of
 
-CASES = {"bev": (11, 5), "residual": (2, 1), "concat": (3, 0), "vit": (1, 0)}  # quantised convs and residual adds
+# INT8 convolutions and residual adds. What a ViT's patch convolution makes goes to the residual stream, in float.
+CASES = {"bev": (11, 5), "residual": (2, 1), "concat": (3, 0), "vit": (0, 0)}
 Files = tuple[str, IOSpec, Path, ModelProto]
 
 
@@ -174,12 +177,25 @@ def test_a_layer_that_reads_a_signed_tensor_may_saturate_without_vnni(files: Fil
     assert saturating_layers(cpu_dialect(files[3], signed=True)) == ()
 
 
-@pytest.mark.parametrize(("flags", "exact"), [("fma avx2", False), ("avx2 avx_vnni", True), ("avx512_vnni", True)])
-def test_vnni_is_read_from_cpuinfo(flags: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("flags", "features", "exact"), [
+    ("fma avx2", ("avx2",), False), ("avx2 avx_vnni", ("avx_vnni", "avx2"), True), ("avx512_vnni", ("avx512_vnni",), True),
+    ("avx512bw avx2", ("avx512bw", "avx2"), False), ("sse", (), False), ("amx_int8", ("amx_int8",), True),
+])
+def test_x86_features_are_read_from_cpuinfo(
+    flags: str, features: tuple[str, ...], exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\n")
-    assert this_cpu(tmp_path / "cpuinfo") == Isa("x86_64", exact)
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} mmx\n")
+    assert this_cpu(tmp_path / "cpuinfo") == Isa("x86_64", exact, features)
     assert this_cpu(tmp_path / "none") == Isa("x86_64", False)
+
+
+def test_arm_multiplies_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    (tmp_path / "cpuinfo").write_text("Features\t: fp asimd asimddp i8mm bf16\n")  # an Orin has asimddp, not i8mm
+    assert this_cpu(tmp_path / "cpuinfo") == Isa("aarch64", True, ("i8mm", "asimddp"))
+    assert str(this_cpu(tmp_path / "cpuinfo")) == "aarch64, i8mm, asimddp: exact 8-bit products"
+    assert this_cpu(tmp_path / "none") == Isa("aarch64", True)
 
 
 def _matmul(weight: np.ndarray[Any, Any], axis: int) -> ModelProto:
@@ -202,6 +218,65 @@ def test_pairs_that_saturate_are_looked_for_along_the_output_channels() -> None:
     assert saturating_layers(_matmul(row, axis=0)) == ("mm",)
 
 
-def test_arm_multiplies_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert this_cpu() == Isa("aarch64", True)
+def test_narrow_weights_fit_on_any_x86(tmp_path: Path) -> None:
+    """7 bits: 255 * 64 * 2 < 2^15. Only the layers in question change, and the file says almost the same."""
+    column = np.array([[127, 127, 0], [-128, 127, 3]], np.int8)
+    model = _matmul(column, axis=1)
+    assert saturating_layers(model) == ("mm",)
+    assert narrow_weights(model) == ("mm",)
+    assert saturating_layers(model) == ()
+    graph = Graph(model)
+    dequantize = graph.maker["b"]
+    assert graph.constants[dequantize.input[0]].tolist() == [[63, 63, 0], [-64, 63, 2]]
+    assert graph.constants[dequantize.input[1]].tolist() == [2, 2, 2]
+    assert narrow_weights(model) == (), "once is enough"
+
+
+def test_cpu_kinds_of_one_model() -> None:
+    model = quantised_convs(2)
+    exact, narrow, arm = (spell_for_cpu(model, kind) for kind in ("x86-64", "x86-64-avx2", "arm64"))
+    assert exact.saturating == narrow.narrowed != ()
+    assert (exact.narrowed, narrow.saturating, arm.saturating, arm.narrowed) == ((), (), (), ())
+    kinds = {kind: {zero.dtype for node in Graph(spelled.model).nodes(Q)
+                    if (zero := Graph(spelled.model).constants[node.input[2]]) is not None}
+             for kind, spelled in (("x86", exact), ("arm", arm))}
+    assert kinds == {"x86": {np.dtype(np.uint8)}, "arm": {np.dtype(np.int8)}}
+    feeds = {"x": np.random.default_rng(0).normal(0, 0.5, (1, 8, 16, 16)).astype(np.float32)}
+    wanted, found = (run_model(m.model.SerializeToString(), feeds, optimise=False) for m in (exact, narrow))
+    ratio = min(sqnr_db(wanted[name], found[name]) for name in wanted)
+    print(f"7-bit weights: {ratio:.1f} dB")
+    assert 20 < ratio < 60
+
+
+def test_a_saturating_file_is_not_measured_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmdeploy.export.isa.this_cpu", lambda: Isa("x86_64", False, ("avx2",)))
+    require_exact(())
+    with pytest.raises(ModelFileError, match=r"mm: 8-bit products .* avx2: saturating .*--cpu x86-64-avx2"):
+        require_exact(("mm",))
+
+
+def test_linear_layers_run_in_integers_though_their_results_stay_float(tmp_path: Path) -> None:
+    """A MatMul with a float bias behind it would become a float Gemm: ViT-S takes four times as long.
+
+    When the second half fails, ONNX Runtime has learned to keep such a Gemm integer: drop `_spell_biases`.
+    """
+    rng = np.random.default_rng(0)
+    constants = {"s": np.float32(0.05), "z": np.int8(0), "w": rng.normal(0, 0.1, (8, 6)).astype(np.float32),
+                 "v": rng.normal(0, 0.1, (6, 6)).astype(np.float32), "b": rng.normal(0, 1, 6).astype(np.float32)}
+
+    def quantised(tensor: str) -> list[NodeProto]:
+        return [helper.make_node(Q, [tensor, "s", "z"], [f"{tensor}q"], name=f"{tensor}/Q"),
+                helper.make_node(DQ, [f"{tensor}q", "s", "z"], [f"{tensor}d"], name=f"{tensor}/DQ")]
+
+    nodes = [*quantised("x"), *quantised("w"), helper.make_node("MatMul", ["xd", "wd"], ["m"], name="mm"),
+             helper.make_node("Add", ["m", "b"], ["a"], name="add"), helper.make_node("ReduceMean", ["a"], ["r"],
+                                                                                   name="mean", axes=[1], keepdims=0),
+             *quantised("r"), *quantised("v"), helper.make_node("Gemm", ["rd", "vd", "b"], ["y"], name="head")]
+    model = file_of(nodes, {k: np.asarray(v) for k, v in constants.items()}, {"x": (1, 5, 8)}, {"y": (1, 6)}, opset=17)
+    for name, spelled in (("int8", model), ("cpu", cpu_dialect(model))):
+        save_model(spelled, tmp_path / f"{name}.onnx")
+    assert fused_ops(tmp_path / "cpu.onnx").counts.keys() >= {"com.microsoft.MatMulIntegerToFloat", "com.microsoft.QGemm"}
+    assert fused_ops(tmp_path / "int8.onnx").float_matmuls == 2
+    feeds = {"x": rng.normal(0, 1, (1, 5, 8)).astype(np.float32)}
+    wanted, found = (run_model(tmp_path / f, feeds, optimise=o) for f, o in (("int8.onnx", False), ("cpu.onnx", True)))
+    assert sqnr_db(wanted["y"], found["y"]) > 50

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError, ModelFileError
 from fmdeploy.evaluate.sqnr import sqnr_db
-from fmdeploy.export.lint import require_allowed
+from fmdeploy.export.lint.allowed import require_allowed
 from fmdeploy.export.onnx import IR_VERSION, OPSET, export_onnx, require_one_pair_a_tensor
 from fmdeploy.export.variants import float_module
 from fmdeploy.models.outputs import predictor
-from fmdeploy.onnxfile.graph import DQ, Graph, Q, load_model, op_counts
+from fmdeploy.onnxfile.graph import DQ, Graph, Q, op_counts
 from fmdeploy.onnxfile.session import ort_predictor
 from fmdeploy.quantize.ptq import ptq
 from support.quantize_nets import NETS, Residual, SmallViT, bev_student, image_net, io_of, samples_of, zero_gamma
@@ -170,20 +170,3 @@ def test_outputs_that_do_not_fit_the_task_are_refused(tmp_path: Path) -> None:
     net, _ = image_net(Residual())
     with pytest.raises(ModelFileError, match="does not have the inputs and outputs of the task"):
         export_onnx(net, io_of((3, 16, 16), outputs=((5,),)), tmp_path / "m.onnx")
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08garbage\xff\xff"])
-def test_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "m.onnx").write_bytes(content)
-    with pytest.raises(ModelFileError):
-        load_model(tmp_path / "m.onnx")
-    with pytest.raises(ModelFileError, match="no such model file"):
-        load_model(tmp_path / "none.onnx")
-
-
-def test_external_weights_are_refused(tmp_path: Path) -> None:
-    net, io = image_net(Residual())
-    model = export_onnx(net, io, tmp_path / "m.onnx")
-    onnx.save(model, str(tmp_path / "e.onnx"), save_as_external_data=True, location="w.bin", size_threshold=0)
-    with pytest.raises(ModelFileError, match="keeps its weights in other files"):
-        load_model(tmp_path / "e.onnx")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from fmdeploy.errors import GateError
-from fmdeploy.export.parity import Outputs, Parity, compare, outputs_of, require_parity, subset
+from fmdeploy.evaluate.subset import subset
+from fmdeploy.export.parity import Outputs, Parity, compare, outputs_of, require_parity
 from fmdeploy.task import Array, Arrays, load_task
 
 TASK = load_task("image-classification")
-FINE = Parity("int8", "torch fake-quant", {"logits": 45.0}, "accuracy", 0.905, 0.91, 1000)
+FINE = Parity("qdq", "torch fake-quant", {"logits": 45.0}, "accuracy", 0.905, 0.91, 1000)
 
 
 class _Samples:
@@ -70,8 +71,8 @@ def test_comparison_is_in_the_units_of_the_field() -> None:
     parity = compare("fp32", found, "torch", reference, TASK)
     assert parity.sqnr_db == {"logits": pytest.approx(20)}
     assert parity.to_json() == {
-        "against": "torch", "sqnr_db": {"logits": pytest.approx(20)}, "floor_db": 60.0, "accuracy": 0.4,
-        "accuracy_of_reference": 0.5, "samples": 1,
+        "against": "torch", "sqnr_db": {"logits": pytest.approx(20)}, "cosine": {"logits": pytest.approx(1)}, "floor_db": 60.0,
+        "accuracy": 0.4, "accuracy_of_reference": 0.5, "samples": 1,
     }
     assert "20.0 dB; accuracy 0.4000, reference 0.5000" in str(parity)
 

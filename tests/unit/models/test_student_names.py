@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"student 'resnet': no such student \(expected cnn, vit, hf:FOLDER"):
+    with pytest.raises(ConfigError, match=r"student 'resnet': no such student \(expected cnn, vit, depthwise, hf:FOLDER"):
         BEV.student("resnet", {})
 
 

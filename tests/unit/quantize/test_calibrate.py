@@ -16,9 +16,10 @@ from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.errors import ArtifactError, DataError
 from fmdeploy.evaluate.sqnr import sqnr_db
-from fmdeploy.quantize import calibrate as module
+from fmdeploy.quantize import samples as module
 from fmdeploy.quantize.build import build
-from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, Range, calibrate, draw, input_statistics, redraw
+from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, calibrate, draw, input_statistics, redraw
+from fmdeploy.quantize.grid import fp16_amax
 from fmdeploy.quantize.ptq import ptq
 from fmdeploy.task import Arrays, load_task
 from support.quantize_nets import Residual, bev_student, image_net, samples_of, zero_gamma
@@ -40,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def _ranges(calibration_set: CalibrationSet) -> Calibration:
     net, _ = image_net(Residual())
-    quantised, placement = build(net, calibration_set.tensors(["x0"], slice(0, 1)))
+    quantised, placement = build(net, calibration_set, ["x0"])
     return calibrate(quantised, placement, calibration_set, ["x0"])
 
 
@@ -58,7 +59,8 @@ def test_a_repeated_sample_changes_no_range() -> None:
     _, io = image_net(Residual())
     plain = samples_of(io)
     twice = replace(plain, ids=plain.ids + plain.ids, inputs={"x0": np.concatenate([plain.inputs["x0"]] * 2)})
-    assert _ranges(twice).ranges == _ranges(plain).ranges
+    once, again = _ranges(plain).ranges, _ranges(twice).ranges
+    assert {k: (r.low, r.high, r.amax) for k, r in again.items()} == {k: (r.low, r.high, r.amax) for k, r in once.items()}
 
 
 def test_ranges_are_those_of_the_float_model() -> None:
@@ -66,16 +68,17 @@ def test_ranges_are_those_of_the_float_model() -> None:
     plain = samples_of(io)
     found = _ranges(plain).ranges["act_000"]
     x = plain.inputs["x0"]
-    assert (found.low, found.high, found.amax) == (float(x.min()), float(x.max()), float(np.abs(x).max()))
+    assert (found.low, found.high) == (float(x.min()), float(x.max()))
+    assert found.amax == float(fp16_amax(torch.tensor(np.abs(x).max())))
 
 
-def test_binary_inputs_get_a_range_of_exactly_one() -> None:
+def test_binary_inputs_get_the_smallest_range_that_holds_one() -> None:
     net, io = bev_student()
     rng = np.random.default_rng(0)
     inputs = {s.name: (rng.random((3, *s.shape)) < 0.1).astype(np.float32) for s in io.inputs}
     calibration_set = CalibrationSet(("a", "b", "c"), inputs, "", 0)
-    quantised, placement = build(net, calibration_set.tensors(["x0", "x1"], slice(0, 1)))
-    assert calibrate(quantised, placement, calibration_set, ["x0", "x1"]).ranges["act_000"].amax == 1.0
+    quantised, placement = build(net, calibration_set, ["x0", "x1"])
+    assert calibrate(quantised, placement, calibration_set, ["x0", "x1"]).ranges["act_000"].amax == 127 * float(np.nextafter(np.float16(1 / 127), np.float16(1)))
 
 
 def test_samples_come_from_the_training_split_only(data: Dataset) -> None:
@@ -142,7 +145,9 @@ def test_a_constant_inner_tensor_gets_a_range_that_holds_it(shift: float) -> Non
     plain = samples_of(io)
     made = ptq(net, io, plain)
     (name,) = made.calibration.to_json()["constant"]
-    assert made.calibration.ranges[name] == Range(shift, shift, shift or 1.0)
+    found = made.calibration.ranges[name]
+    assert (found.low, found.high, found.method) == (shift, shift, "constant")
+    assert found.amax == float(fp16_amax(torch.tensor(shift or 1.0)))
     x_BCHW = plain.tensors(["x0"])[0]
     with torch.no_grad():
         wanted, found = net(x_BCHW).numpy(), made.module(x_BCHW).numpy()
@@ -155,7 +160,7 @@ def test_a_student_that_always_says_the_same_is_refused() -> None:
     with torch.no_grad():
         net.get_parameter("head.weight").zero_()
         net.get_parameter("head.bias").fill_(0.5)
-    quantised, placement = build(net, samples_of(io).tensors(["x0"], slice(0, 1)))
+    quantised, placement = build(net, samples_of(io), ["x0"])
     with pytest.raises(DataError, match=r"output 0: the student's output is constant"):
         calibrate(quantised, placement, samples_of(io), ["x0"])
 
@@ -166,7 +171,9 @@ def test_calibration_survives_json() -> None:
     assert Calibration.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert found.to_json()["split"] == "train"
     with pytest.raises(ArtifactError, match="lacks a field"):
-        Calibration.from_json({"ranges": {}})
+        Calibration.from_json({"format": 2, "ranges": {}})
+    with pytest.raises(ArtifactError, match="unknown calibration format"):
+        Calibration.from_json({"format": 1, "ranges": {}})
 
 
 def test_input_statistics_describe_each_channel() -> None:

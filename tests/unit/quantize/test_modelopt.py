@@ -121,3 +121,32 @@ def test_float_mode_switches_fake_quantisation_off_and_on_again() -> None:
     with modelopt.float_mode(model):
         assert torch.equal(model(x), plain(x))
     assert not torch.equal(model(x), plain(x))
+
+
+def test_quirk_bare_networks_compute_what_float_mode_computes_without_asking_quantizers() -> None:
+    model = _converted()
+    x = torch.rand(5, 4)
+    modelopt.calibrate(model, lambda m: m(x))
+    before = model(x)
+    with modelopt.float_mode(model):
+        plain = model(x)
+    asked: list[str] = []
+    for name, quantizer in modelopt.quantizers(model):
+        quantizer.register_forward_pre_hook(lambda *_, name=name: asked.append(name))
+    with modelopt.bare(model):
+        assert torch.equal(model(x), plain)
+        assert not asked
+    assert torch.equal(model(x), before)
+    assert len(set(asked)) == 2
+    with pytest.raises(ZeroDivisionError), modelopt.bare(model):
+        _ = 1 / 0
+    assert torch.equal(model(x), before), "an error inside leaves the model quantised"
+
+
+def test_the_range_of_one_quantizer_is_set() -> None:
+    model = _converted()
+    modelopt.calibrate(model, lambda m: m(torch.rand(5, 4)))
+    before = modelopt.ranges(model)
+    modelopt.set_range(model, "tensor.input_quantizer", torch.tensor(5.0))
+    assert modelopt.ranges(model)["tensor.input_quantizer"] == 5.0
+    assert torch.equal(modelopt.ranges(model)["layer.weight_quantizer"], before["layer.weight_quantizer"])

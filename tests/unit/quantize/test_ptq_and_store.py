@@ -15,6 +15,7 @@ from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import input_list
 from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.build import rebuild, tracing_example
+from fmdeploy.quantize.placement import Request
 from fmdeploy.quantize.ptq import QuantisedStudent, ptq
 from fmdeploy.quantize.store import load_state, save_state
 from fmdeploy.quantize.trace import as_tuple
@@ -87,10 +88,10 @@ def test_one_range_per_tensor_on_the_grid() -> None:
 
 def test_keep_float_reaches_the_module() -> None:
     net, io = image_net(Residual())
-    kept = ptq(net, io, samples_of(io), keep_float=["stem", "conv"], quantise_heads=True)
+    kept = ptq(net, io, samples_of(io), request=Request(keep_float=("stem", "conv"), quantise_heads=True))
     assert [row.module for row in kept.placement.weights] == ["head"]
     with pytest.raises(InputError, match="no conv or linear layer that could be quantised"):
-        ptq(net, io, samples_of(io), keep_float=["stem", "conv"])
+        ptq(net, io, samples_of(io), request=Request(keep_float=("stem", "conv")))
 
 
 def test_sqnr_has_its_definition_and_its_edges() -> None:

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fmdeploy.errors import InputError
-from fmdeploy.quantize.trace import UntraceableError, float_graph
+from fmdeploy.quantize import modelopt
+from fmdeploy.quantize.build import apply
+from fmdeploy.quantize.policy import place
+from fmdeploy.quantize.trace import UntraceableError, float_graph, trace
 from support.quantize_nets import Branching, Residual, bev_student, image_net, settle
 
 
@@ -118,3 +121,75 @@ class Dictionary(nn.Module):
 def test_outputs_by_name_are_refused_clearly() -> None:
     with pytest.raises(InputError, match=r"expected a tensor, or a tuple of tensors in the order .*, found dict"):
         float_graph(Dictionary(), (torch.rand(1, 3, 4, 4),))
+
+
+def test_a_tensor_that_is_overwritten_is_read_anew() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            x_BCHW = self.conv(input=x_BCHW)
+            self.relu(x_BCHW)
+            x_BCHW.add_(1.0)
+            y_BCHW: Tensor = self.conv(x_BCHW)
+            return y_BCHW
+
+    net, x_BCHW = Overwrites().eval(), torch.randn(2, 3, 4, 4)
+    traced = trace(net, (x_BCHW,))
+    assert traced.method == "fx"
+    torch.testing.assert_close(traced.graph(x_BCHW), net(x_BCHW))
+
+
+def test_a_batch_size_that_forward_fixes_cannot_be_exported() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x_BC: Tensor) -> Tensor:
+            return x_BC.reshape(int(x_BC.shape[0]), -1) * 2
+
+    with pytest.raises(UntraceableError, match="forward turns the batch size into a fixed number"):
+        trace(Fixed(), (torch.rand(1, 3),))
+
+
+def test_a_model_for_one_batch_size_is_traced() -> None:
+    class One(nn.Module):
+        def forward(self, x_BC: Tensor) -> Tensor:
+            return torch.cat((x_BC, torch.ones(1, 1)), 1)
+
+    with pytest.raises(RuntimeError):
+        One()(torch.rand(2, 3))
+    assert trace(One(), (torch.rand(1, 3),)).method == "fx"
+
+
+def test_sizes_asked_for_are_no_tensors() -> None:
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4 * 16, 2)
+
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            x_BCHW = torch.relu(self.conv(x_BCHW))
+            y_BC: Tensor = self.head(x_BCHW.view(x_BCHW.size(0), x_BCHW.shape[1] * 16))
+            return y_BC
+
+    graph = float_graph(Sizes(), (torch.rand(1, 3, 4, 4),))
+    placement = place(graph)
+    assert {t for row in placement.activations for t in row.tensors} == {"x_bchw", "relu"}
+    module = apply(graph, placement)
+    with torch.no_grad():
+        modelopt.calibrate(module, lambda m: m(torch.rand(4, 3, 4, 4)))
+    assert module(torch.rand(5, 3, 4, 4)).shape == (5, 2)
+
+
+def test_a_bias_that_folding_makes_can_be_trained() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    assert all(p.requires_grad for p in float_graph(net, (torch.rand(1, 3, 4, 4),)).parameters())
+
+
+def test_a_model_that_does_not_run_is_named_with_its_line() -> None:
+    class Broken(nn.Module):
+        def forward(self, x_BC: Tensor) -> Tensor:
+            return x_BC @ torch.rand(7, 2)
+
+    with pytest.raises(InputError, match=r"test_trace\.py:\d+ `return x_BC @ torch\.rand\(7, 2\)`: the model does not run"):
+        float_graph(Broken(), (torch.rand(1, 3),))

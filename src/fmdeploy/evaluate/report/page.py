@@ -22,6 +22,7 @@ from fmdeploy.evaluate.report.accuracy import (
 from fmdeploy.evaluate.report.latency import Tier, latency_section
 from fmdeploy.evaluate.report.limits import limits, proofs
 from fmdeploy.evaluate.report.panels import Example, panels_section
+from fmdeploy.evaluate.report.precision import Precision, precision_section
 from fmdeploy.evaluate.report.sources import Sources
 from fmdeploy.evaluate.report.tables import (
     LineageRow,
@@ -33,6 +34,7 @@ from fmdeploy.evaluate.report.tables import (
     size_rows,
     split_rows,
 )
+from fmdeploy.evaluate.report.tensorrt import TensorRt, tensorrt_section
 from fmdeploy.evaluate.report.training import training_section
 from fmdeploy.evaluate.report.verdict import Verdict, verdict_of
 from fmdeploy.optional import require
@@ -69,6 +71,8 @@ class Page:
     slice_rows: list[SliceRow]
     reliability: list[Picture] | str
     training: Picture | str
+    precision: Precision | None
+    tensorrt: TensorRt | str
     latency: Picture | str
     tiers: list[Tier]
     examples: tuple[list[str], list[Example]] | str
@@ -84,7 +88,8 @@ class Page:
     def not_given(self) -> tuple[str, ...]:
         """Sections that could not be made, each with the reason."""
         sections = {"channels": self.channels, "slices": self.slices, "reliability": self.reliability,
-                    "training": self.training, "latency": self.latency, "examples": self.examples}
+                    "TensorRT": self.tensorrt, "training": self.training, "latency": self.latency,
+                    "examples": self.examples}
         missing = tuple(f"{name}: {value}" for name, value in sections.items() if isinstance(value, str))
         return (*missing, *(("verdict: no CHECK",) if self.verdict.result == "not given" else ()))
 
@@ -117,6 +122,8 @@ def build_page(sources: Sources, title: str) -> Page:
         slice_rows=slice_rows,
         reliability=reliability_section(sources),
         training=training_section(sources),
+        precision=precision_section(sources),
+        tensorrt=tensorrt_section(sources),
         latency=latency,
         tiers=tiers,
         examples=panels_section(sources),

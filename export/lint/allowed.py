@@ -31,4 +31,5 @@ def require_allowed(model: ModelProto, *, where: object) -> None:
                                  fix="Build the student from plain torch operators")
         if node.op_type not in ALLOWED:
             raise ModelFileError(f"holds the operator {node.op_type} ({node.name}), which is not on the allowlist",
-                                 where=where, fix="Replace it in the student, or extend export/lint.py with a test")
+                                 where=where,
+                                 fix="Replace it in the student, or extend export/lint/allowed.py with a test")

@@ -1,0 +1,179 @@
+"""`fmdeploy build`: an engine for this machine from a bundle, and proof that it computes what the bundle says.
+
+    engine.plan       the serialised engine: code for one GPU, one TensorRT version, one power mode
+    build.json        the key's facts, builder flags, size, what the builder used
+    inspector.json    every layer, as the engine inspector tells it
+    agreement.json    engine, ONNX Runtime and torch on the golden inputs
+
+It runs on the device: neither torch nor onnx is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fmdeploy.artifact import Artifact
+from fmdeploy.command import command
+from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
+from fmdeploy.draft import Draft, produce
+from fmdeploy.errors import ConfigError, MissingError, ModelFileError
+from fmdeploy.export.tensorrt.builder import MIB, Options
+from fmdeploy.export.tensorrt.goldencheck import require_agreement, three_way
+from fmdeploy.export.tensorrt.isolated import Ended, Limits, build_isolated
+from fmdeploy.export.tensorrt.machine import available_mib, l4t_release, power_mode
+from fmdeploy.manifest import MANIFEST_NAME, Kind, read_manifest, request_key
+from fmdeploy.progress import say
+from fmdeploy.runtime.bundle import Bundle, open_bundle
+from fmdeploy.runtime.cuda import Cuda, load_cuda
+from fmdeploy.runtime.run import task_name
+from fmdeploy.runtime.tensorrt import TensorRtBackend
+from fmdeploy.runtime.tensorrt_api import Api, ApiName, load_api
+from fmdeploy.task import load_task
+
+ENGINE = "engine.plan"
+STAGE = "build"
+SHARE = 0.75  # of the available memory that a build may take, where no limit is given
+
+
+class BuildConfig(StageConfig):
+    """Options of `fmdeploy build`."""
+
+    bundle: Annotated[InputPath, Positional()] = Field(description="Folder of a BUNDLE")
+    out: OutputPath = Field(description="Folder of the ENGINE; one with another key stays, the new one goes beside it")
+    api: ApiName = Field("tensorrt", description="Package that builds")
+    variant: Literal["int8", "fp16", "fp32"] = Field("int8", description="Model file to build")
+    workspace_mib: int = Field(1024, ge=1, description="Scratch memory that one layer may use")
+    timeout_s: Annotated[float, RunOnly()] = Field(3600.0, gt=0, description="The build is killed after so long")
+    memory_mib: Annotated[int | None, RunOnly()] = Field(
+        None, ge=64, description="The build is killed beyond so much; default: three quarters of what is available")
+    timing_cache: OutputPath | None = Field(
+        None, description="File of kernel timings to reuse and extend; default: beside --out")
+
+
+class BuildRequest(StageConfig):
+    """What identifies an engine: the ONNX file's digest, the builder, and the machine."""
+
+    variant: str
+    model_sha256: str
+    api: str
+    version: str
+    workspace_mib: int
+    sm: str | None
+    l4t: str | None
+    power_mode: str | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The machine that a build runs on; tests give another one."""
+
+    root: Path = Path("/")
+    cuda: Callable[[], Cuda] = load_cuda
+
+    def sm(self) -> str | None:
+        """Compute capability, None without a GPU."""
+        try:
+            return self.cuda().sm()
+        except MissingError:
+            return None
+
+
+@command(BuildConfig)
+def build(config: BuildConfig) -> Artifact:
+    """Build an engine for this machine, and let the golden vectors decide about it.
+
+    Raises:
+        ArtifactError: The bundle is missing or altered.
+        GateError: The engine does not compute what the bundle says.
+        MissingError: TensorRT or the GPU is not here.
+        ModelFileError: TensorRT refuses the model, or its build crashed or went beyond a limit.
+    """
+    return build_engine_artifact(config, Place())
+
+
+def build_engine_artifact(config: BuildConfig, place: Place) -> Artifact:
+    """Do what `build` does, on a given machine; errors as there."""
+    bundle, api = open_bundle(config.bundle), load_api(config.api)
+    if config.variant not in bundle.variants:
+        raise ConfigError("the bundle has no such model", where=config.bundle, expected=", ".join(bundle.variants),
+                          found=config.variant)
+    request = BuildRequest(variant=config.variant, model_sha256=bundle.model_sha256(config.variant), api=api.name,
+                           version=api.version, workspace_mib=config.workspace_mib, sm=place.sm(),
+                           l4t=l4t_release(place.root), power_mode=power_mode(place.root))
+    out = free_place(Path(os.path.abspath(config.out)), request, bundle)
+    return produce(out, Kind.ENGINE, stage=STAGE, config=request, inputs={"bundle": bundle.artifact},
+                   build=lambda draft: _build(draft, config, request, bundle, api, place))
+
+
+def free_place(out: Path, request: BuildRequest, bundle: Bundle) -> Path:
+    """`out`, or a name beside it where an engine with another key lies there: the old one goes on serving."""
+    key = request_key(Kind.ENGINE, STAGE, request.resolved(), {"bundle": bundle.artifact.parent()})
+    if not (out / MANIFEST_NAME).is_file():
+        return out
+    found = read_manifest(out)
+    if found.kind is not Kind.ENGINE or found.key() == key:
+        return out
+    beside = out.with_name(f"{out.name}-{key[:8]}")
+    say(f"{out} was built for something else (model, TensorRT, machine or power mode): building {beside}")
+    return beside
+
+
+def _build(
+    draft: Draft, config: BuildConfig, request: BuildRequest, bundle: Bundle, api: Api, place: Place
+) -> None:
+    cache = config.timing_cache or config.out.with_name(f".timing-{api.name}-{api.version}-sm{request.sm or '0'}.cache")
+    ended = _compile(config, request, bundle, cache, place)
+    assert ended.engine is not None
+    draft.path(ENGINE).write_bytes(ended.engine)
+    say(f"{api.name} {api.version} built an engine of {len(ended.engine) / MIB:.2f} MiB in "
+        f"{ended.result['seconds']:.1f} s")
+    backend = _load(ended.engine, bundle, api, place)
+    agreements = three_way(bundle, config.variant, backend, load_task(task_name(bundle, "")))
+    for found in agreements:
+        say(str(found))
+    require_agreement(agreements[0], bundle.golden.index.variants[config.variant].sqnr_db, len(bundle.golden))
+    draft.write_json("agreement.json", [found.to_json() for found in agreements])
+    draft.write_json("inspector.json", backend.inspect())
+    draft.write_json("build.json", {**request.resolved(), "flags": ended.result["flags"],
+                                    "engine_bytes": len(ended.engine)})
+    draft.note(build_seconds=ended.result["seconds"], build_peak_mib=ended.result["peak_mib"])
+
+
+def _compile(config: BuildConfig, request: BuildRequest, bundle: Bundle, cache: Path, place: Place) -> Ended:
+    bundle.model_bytes(config.variant)  # refuses what was altered, or keeps weights elsewhere
+    model = bundle.artifact.path(f"model.{config.variant}.onnx")
+    limits = Limits(config.timeout_s, config.memory_mib or int(SHARE * (available_mib(place.root) or 4096)))
+    options = Options(config.workspace_mib, timing_cache=cache.read_bytes() if cache.is_file() else None)
+    ended = build_isolated(config.api, model, request.model_sha256, options, limits)
+    if ended.engine is None:
+        more = f" (and {len(ended.problems) - 1} more)" if len(ended.problems) > 1 else ""
+        raise ModelFileError(f"{config.api} {request.version} builds no engine, {ended.problems[0]}{more}", where=model)
+    if ended.timing_cache is not None:
+        _replace(cache, ended.timing_cache)
+    return ended
+
+
+def _load(engine: bytes, bundle: Bundle, api: Api, place: Place) -> TensorRtBackend:
+    try:
+        return TensorRtBackend(engine, bundle.io, api=api, cuda=place.cuda(), where=ENGINE)
+    except MissingError as error:
+        raise MissingError(f"the engine of {len(engine):,} bytes was built, but cannot prove itself: {error.what}",
+                           where=error.where, expected=error.expected, found=error.found, fix=error.fix) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write bytes in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_bytes(content)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+

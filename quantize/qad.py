@@ -1,0 +1,60 @@
+"""Quantisation-aware distillation: the teacher that made the float student goes on teaching, on the INT8 grid.
+
+Batches and loss are those of `distill`: a few samples with labels, the others with the teacher's answers alone, from
+the cache where there is one. Which labels may be seen, and how the parts weigh, is what the student was distilled
+with. The teacher's features are left out: the projector that compared them was thrown away with the float training,
+and the quantised graph has no module that holds the student's map.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fmdeploy.artifact import Artifact
+from fmdeploy.distill.config import DistillConfig
+from fmdeploy.distill.distill import assemble, sources_of
+from fmdeploy.errors import ConfigError
+from fmdeploy.quantize.ptq import QuantisedStudent
+from fmdeploy.quantize.qat import Lesson
+from fmdeploy.training.config import TrainingConfig
+
+KEPT = ("labels", "label_seed", "labelled_share", "alpha_labels", "alpha_logits", "mirror")
+"""Options of `distill` that the student keeps on learning with."""
+
+
+def teaching(
+    quantised: QuantisedStudent, student: Artifact, config: TrainingConfig, *, data: Path, teacher: Path,
+    features: Path | None, task: str,
+) -> Lesson:
+    """The lesson of QAD.
+
+    Args:
+        quantised: the student on its grid.
+        student: the STUDENT that it was made from; says which labels it saw.
+        config: steps, batch, rate, seed and precision.
+        data: DATASET.
+        teacher: TEACHER.
+        features: FEATURES of that teacher; None runs it live.
+        task: name of the task.
+
+    Raises:
+        ConfigError: the teacher was trained for another task.
+        ArtifactError: the cache belongs to something else.
+    """
+    options = _options(student, config)
+    wanted = DistillConfig(data=data, out=data, teacher=teacher, features=features, task=task, alpha_features=0.0,
+                           **options)
+    sources = sources_of(wanted)
+    made = assemble(wanted, sources, folder=data, log=data, student=quantised.module)
+    return Lesson(made.job.batch, made.job.losses)
+
+
+def _options(student: Artifact, config: TrainingConfig) -> dict[str, Any]:
+    """What `distill` was told, where the student comes from there; and this run's own steps, batch and so on."""
+    known = student.manifest.config
+    common = {name: getattr(config, name) for name in TrainingConfig.model_fields}
+    if student.manifest.stage != "distill":
+        raise ConfigError("was not made by distill, so that it is not known which labels it may see",
+                          where=student.root, fix="Use --mode qat")
+    return common | {name: known[name] for name in KEPT if name in known}

@@ -1,0 +1,145 @@
+"""The dozen CUDA runtime calls that running an engine needs, through `cuda-bindings` or libcudart itself.
+
+A CUDA fault is sticky: after one, every call of the process fails. So an error here ends the backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from fmdeploy.errors import FmdeployError, MissingError
+
+NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # cudaMemcpyKind
+MAJOR, MINOR = 75, 76  # cudaDeviceAttr: compute capability
+NO_DEVICE = (35, 100)  # cudaErrorInsufficientDriver, cudaErrorNoDevice
+
+
+class CudaError(FmdeployError):
+    """A CUDA call failed. The process cannot use the GPU any more: restart it."""
+
+
+class Calls(Protocol):
+    """How CUDA's functions are reached: by name, plain numbers in, one number (or nothing) out."""
+
+    def call(self, name: str, *arguments: int, result: bool = False) -> tuple[int, int]:
+        """Error code and result of `name`."""
+
+
+class Library:
+    """libcudart through ctypes: results come back through a leading pointer argument."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def call(self, name: str, *arguments: int, result: bool = False) -> tuple[int, int]:
+        """Call a function; all arguments are passed in 64 bits."""
+        slot = ctypes.c_void_p(0)
+        values = [ctypes.c_void_p(value) for value in arguments]
+        code = getattr(self._library, name)(*([ctypes.byref(slot)] if result else []), *values)
+        return int(code), int(slot.value or 0)
+
+
+class Bindings:
+    """`cuda.bindings.runtime`: results come back as a tuple behind the error code."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def call(self, name: str, *arguments: int, result: bool = False) -> tuple[int, int]:
+        """Call a function; enumerations are made from their numbers."""
+        enums = {"cudaMemcpyAsync": (3, "cudaMemcpyKind"), "cudaDeviceGetAttribute": (0, "cudaDeviceAttr")}
+        values: list[Any] = list(arguments)
+        if name in enums:
+            position, enum = enums[name]
+            values[position] = getattr(self._module, enum)(values[position])
+        code, *found = getattr(self._module, name)(*values)
+        return int(code), int(found[0]) if result and not int(code) else 0
+
+
+class Cuda:
+    """The calls, with every error code looked at."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def _do(self, name: str, *arguments: int, result: bool = False) -> int:
+        code, value = self._calls.call(name, *arguments, result=result)
+        if code:
+            raise CudaError(f"{name} failed with CUDA error {code}", fix="Restart the process: the GPU is lost to it")
+        return value
+
+    def device_count(self) -> int:
+        """Number of GPUs; 0 where there is no driver."""
+        code, value = self._calls.call("cudaGetDeviceCount", result=True)
+        if code in NO_DEVICE:
+            return 0
+        if code:
+            raise CudaError(f"cudaGetDeviceCount failed with CUDA error {code}")
+        return value
+
+    def sm(self) -> str:
+        """Compute capability of the first GPU, such as "87"."""
+        return "".join(str(self._do("cudaDeviceGetAttribute", number, 0, result=True)) for number in (MAJOR, MINOR))
+
+    def malloc(self, size: int) -> int:
+        """Device memory; returns its address."""
+        return self._do("cudaMalloc", size, result=True)
+
+    def malloc_host(self, size: int) -> int:
+        """Page-locked host memory; returns its address."""
+        return self._do("cudaMallocHost", size, result=True)
+
+    def free(self, address: int) -> None:
+        """Give device memory back."""
+        self._do("cudaFree", address)
+
+    def free_host(self, address: int) -> None:
+        """Give page-locked memory back."""
+        self._do("cudaFreeHost", address)
+
+    def copy(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
+        """Copy `size` bytes, ordered on `stream`."""
+        self._do("cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def stream(self) -> int:
+        """A new stream."""
+        return self._do("cudaStreamCreate", result=True)
+
+    def wait(self, stream: int) -> None:
+        """Wait until everything on `stream` is done."""
+        self._do("cudaStreamSynchronize", stream)
+
+
+def load_cuda(
+    names: Sequence[str] = NAMES, *, load: Callable[[str], Any] = ctypes.CDLL,
+    find_module: Callable[[str], Any] = importlib.import_module,
+) -> Cuda:
+    """Return the CUDA runtime of this machine, with at least one GPU behind it.
+
+    Raises:
+        MissingError: there is no CUDA runtime, or no GPU.
+    """
+    cuda = Cuda(_calls(names, load, find_module))
+    if cuda.device_count() == 0:
+        raise MissingError("there is no NVIDIA GPU here, or its driver is not loaded",
+                           fix="Run this on the device; in a container start it with --runtime nvidia")
+    return cuda
+
+
+def _calls(names: Sequence[str], load: Callable[[str], Any], find_module: Callable[[str], Any]) -> Calls:
+    try:
+        return Bindings(find_module("cuda.bindings.runtime"))
+    except ImportError:
+        pass
+    for name in names:
+        try:
+            return Library(load(name))
+        except OSError:
+            continue
+    raise MissingError("there is no CUDA runtime here, so no GPU can be used", expected=f"{names[0]} or cuda-bindings",
+                       fix="On Jetson it comes with JetPack; elsewhere: pip install cuda-bindings")

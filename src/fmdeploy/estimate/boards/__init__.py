@@ -1,0 +1,1 @@
+"""Device files: one board each, with its power modes."""

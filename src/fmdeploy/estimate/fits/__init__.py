@@ -1,0 +1,1 @@
+"""Fitted constants: one family of boards each."""

@@ -1,0 +1,46 @@
+"""Some samples of a split, where all of them would take too long."""
+
+# N samples, B batch
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fmdeploy.task import Array, Arrays, Samples
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the samples of a split; see `task.Samples`."""
+
+    whole: Samples
+    index: Array
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the chosen samples."""
+        return tuple(self.whole.ids[k] for k in self.index)
+
+    @property
+    def groups(self) -> Array:
+        """(N,) int64 clusters of the chosen samples."""
+        return np.asarray(self.whole.groups)[self.index]
+
+    @property
+    def slices(self) -> dict[str, Array]:
+        """Slicings of the chosen samples."""
+        return {name: np.asarray(labels)[self.index] for name, labels in self.whole.slices.items()}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batch(self, index: Array) -> tuple[Arrays, Arrays]:
+        """Inputs and targets of the chosen samples `index` (B,)."""
+        return self.whole.batch(self.index[index])
+
+
+def subset(samples: Samples, count: int) -> Subset:
+    """Choose up to `count` samples, evenly spaced, so that every recording is heard."""
+    return Subset(samples, np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64)))

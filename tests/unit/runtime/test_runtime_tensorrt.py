@@ -1,0 +1,125 @@
+"""The TensorRT backend and the CUDA calls below it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fmdeploy.errors import MissingDependencyError, MissingError, ModelFileError
+from fmdeploy.runtime.cuda import Bindings, Cuda, CudaError, Library, load_cuda
+from fmdeploy.runtime.protocol import Backend
+from fmdeploy.runtime.tensorrt import TensorRtBackend
+from fmdeploy.runtime.tensorrt_api import MODULES, installed, load_api, one_line, version_tuple
+from support.bundles import fp32_model, inputs, io_spec, run_model
+from support.fake_tensorrt import HostCalls, fake_api, host_cuda
+
+
+def backend(**options: Any) -> TensorRtBackend:
+    cuda = options.pop("cuda", None) or host_cuda()
+    return TensorRtBackend(fp32_model(), io_spec(), api=fake_api(**options), cuda=cuda, where="engine.plan")
+
+
+def test_the_engine_answers_through_names_and_device_memory() -> None:
+    found: Backend = backend()
+    batch = inputs(1, 16, seed=3)
+    answers = found.run(batch)
+    expected = run_model(fp32_model(), batch)
+    for spec, answer in zip(io_spec().outputs, answers, strict=True):
+        assert np.array_equal(answer, expected[spec.name])
+    assert (found.provider, found.threads) == ("tensorrt 10.3.0.26", 1)
+
+
+def test_answers_belong_to_the_caller() -> None:
+    found = backend()
+    first = found.run(inputs(1, 16, seed=1))
+    kept = [answer.copy() for answer in first]
+    found.run(inputs(1, 16, seed=2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
+def test_an_engine_that_does_not_load_says_what_tensorrt_logged() -> None:
+    with pytest.raises(ModelFileError, match="engine.plan: TensorRT 10.3.0.26 does not load this engine: Version tag does"):
+        backend(loads=False)
+
+
+def test_an_engine_of_another_task_is_refused() -> None:
+    with pytest.raises(ModelFileError, match="not those of io.json"):
+        TensorRtBackend(fp32_model(size=8), io_spec(16), api=fake_api(), cuda=host_cuda())
+
+
+def test_a_run_that_fails_ends_the_backend_with_a_typed_error() -> None:
+    with pytest.raises(CudaError, match="the engine did not run"):
+        backend(runs=False).run(inputs(1, 16, seed=0))
+    with pytest.raises(CudaError, match="cudaStreamSynchronize failed with CUDA error 700.*Restart the process"):
+        backend(cuda=host_cuda(fail="cudaStreamSynchronize")).run(inputs(1, 16, seed=0))
+
+
+def test_a_wrong_dtype_is_not_cast() -> None:
+    batch = {name: array.astype(np.float64) for name, array in inputs(1, 16, seed=0).items()}
+    with pytest.raises(TypeError):
+        backend().run(batch)
+
+
+def test_close_gives_every_buffer_back() -> None:
+    calls = HostCalls()
+    found = backend(cuda=Cuda(calls))
+    assert len(calls.memory) == 2 * (len(io_spec().inputs) + len(io_spec().outputs))
+    found.close()
+    assert not calls.memory
+
+
+def test_a_machine_without_a_gpu_or_without_cuda_is_missing_something() -> None:
+    def nothing(name: str) -> Any:
+        raise OSError(name)
+
+    def no_module(name: str) -> Any:
+        raise ImportError(name)
+
+    with pytest.raises(MissingError, match="no CUDA runtime") as caught:
+        load_cuda(load=nothing, find_module=no_module)
+    assert caught.value.exit_code == 3
+
+    def count(slot: Any) -> int:
+        return 35  # cudaErrorInsufficientDriver
+
+    with pytest.raises(MissingError, match="no NVIDIA GPU"):
+        load_cuda(load=lambda name: SimpleNamespace(cudaGetDeviceCount=count), find_module=no_module)
+
+
+def test_ctypes_and_cuda_bindings_are_called_alike() -> None:
+    def attribute(slot: Any, number: Any, device: Any) -> int:
+        slot._obj.value = {75: 8, 76: 7}[number.value]
+        return 0
+
+    assert Cuda(Library(SimpleNamespace(cudaDeviceGetAttribute=attribute))).sm() == "87"
+    module = SimpleNamespace(cudaDeviceAttr=lambda number: ("attr", number), cudaMemcpyKind=lambda number: ("kind", number),
+                             cudaDeviceGetAttribute=lambda attr, device: (0, {75: 8, 76: 7}[attr[1]]),
+                             cudaMemcpyAsync=lambda a, b, size, kind, stream: (0 if kind == ("kind", 1) else 1,))
+    cuda = Cuda(Bindings(module))
+    assert cuda.sm() == "87"
+    cuda.copy(1, 2, 3, 1, 0)
+    with pytest.raises(CudaError):
+        cuda.copy(1, 2, 3, 2, 0)
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODULES, "tensorrt", "tensorrt_that_nobody_has")
+    assert not installed("tensorrt")
+    with pytest.raises(MissingDependencyError, match="tensorrt_that_nobody_has"):
+        load_api("tensorrt")
+
+
+def test_versions_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert version_tuple("10.16.2.10-1+cuda13.2") > version_tuple("10.3.0.26")
+    monkeypatch.setattr("fmdeploy.runtime.tensorrt_api.require", lambda name: SimpleNamespace(__version__="8.6.2"))
+    with pytest.raises(MissingDependencyError, match="8.6.2: this TensorRT is too old"):
+        load_api("tensorrt")
+    assert load_api("tensorrt-rtx").version == "8.6.2"  # counts its versions on its own
+
+
+def test_a_log_line_loses_the_remark_on_the_missing_driver() -> None:
+    text = "Invalid\nNode [checkMacros.cpp::catchCudaError::203] Error Code 1: Cuda Runtime (CUDA driver version)"
+    assert one_line(text) == "Invalid Node"
