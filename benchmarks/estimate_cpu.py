@@ -35,7 +35,7 @@ from fmdeploy.estimate.networks.unet import unet
 from fmdeploy.estimate.networks.vit import vit
 from fmdeploy.estimate.roofline import predict
 from fmdeploy.estimate.work import Precision
-from fmdeploy.export.variants import file_name
+from fmdeploy.export.formats import file_name
 from fmdeploy.onnxfile.reading import read_model
 from fmdeploy.onnxfile.session import cpu_session
 

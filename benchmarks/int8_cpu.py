@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fmdeploy.artifact import open_artifact
 from fmdeploy.cpu import this_cpu
+from fmdeploy.export.formats import file_name
 from fmdeploy.export.fused import fused_ops
-from fmdeploy.export.variants import file_name, write_variants
+from fmdeploy.export.variants import write_variants
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
 from fmdeploy.onnxfile.session import cpu_session

@@ -28,8 +28,9 @@ from torch_networks import ResNet18, VitS16, image_io
 
 from fmdeploy.cpu import this_cpu
 from fmdeploy.evaluate.sqnr import sqnr_db
+from fmdeploy.export.formats import file_name
 from fmdeploy.export.fused import fused_ops
-from fmdeploy.export.variants import file_name, write_variants
+from fmdeploy.export.variants import write_variants
 from fmdeploy.iospec import IOSpec
 from fmdeploy.onnxfile.session import cpu_session
 from fmdeploy.quantize import modelopt

@@ -20,9 +20,10 @@ from fmdeploy.export.config import ExportConfig
 from fmdeploy.export.fp16 import QDQ_OPSET
 from fmdeploy.export.golden import write_golden
 from fmdeploy.export.parity import Outputs, Parity, Predict, compare, outputs_of, require_parity
+from fmdeploy.export.tensorrt.compilecheck import wanted_version
 from fmdeploy.export.torchtrt import write_torch_engine
 from fmdeploy.export.variants import QDQ, Variants, write_variants
-from fmdeploy.export.verification import FILE, verify_tensorrt, wanted_version
+from fmdeploy.export.verification import FILE, verify_tensorrt
 from fmdeploy.manifest import Kind
 from fmdeploy.models.outputs import predictor
 from fmdeploy.models.saved import RECIPE, load_model

@@ -8,11 +8,10 @@ from pydantic import Field
 
 from fmdeploy.budgets import read_budgets
 from fmdeploy.config import InputPath, OutputPath, RunOnly, StageConfig
+from fmdeploy.export.formats import OPSET, Rest
 from fmdeploy.export.isa import CpuKind
 from fmdeploy.export.lint.finding import Target
-from fmdeploy.export.onnx import OPSET
-from fmdeploy.export.variants import Rest
-from fmdeploy.export.verification import wanted_version
+from fmdeploy.export.tensorrt.compilecheck import wanted_version
 
 Backend = Literal["onnx", "torch-tensorrt"]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from fmdeploy.command import command
 from fmdeploy.errors import ConfigError
-from fmdeploy.export.bundle import write_bundle
 from fmdeploy.export.config import ExportConfig
 from fmdeploy.export.from_onnx import lower_from_config
 from fmdeploy.export.lint.lint import outcome
@@ -31,4 +30,8 @@ def export(config: ExportConfig) -> Any:
         raise ConfigError("export does one thing at a time", expected="one of " + ", ".join(modes), found=given)
     if config.lint is not None:
         return outcome(config.lint, target=config.target)
-    return write_bundle(config) if config.from_onnx is None else lower_from_config(config)
+    if config.from_onnx is not None:
+        return lower_from_config(config)
+    from fmdeploy.export.bundle import write_bundle  # needs torch, which the other two do not
+
+    return write_bundle(config)

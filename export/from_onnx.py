@@ -40,10 +40,10 @@ from fmdeploy.export.foreign.normalise import normalise
 from fmdeploy.export.foreign.residual import complete_adds
 from fmdeploy.export.foreign.samples import batches, read_samples
 from fmdeploy.export.foreign.weights import canonical_constants
+from fmdeploy.export.formats import file_name
 from fmdeploy.export.fused import FusedOps, fused_ops
 from fmdeploy.export.isa import CpuKind, require_exact
 from fmdeploy.export.lint.lint import lint_model
-from fmdeploy.export.variants import file_name
 from fmdeploy.manifest import MANIFEST_NAME
 from fmdeploy.onnxfile.graph import save_model
 from fmdeploy.onnxfile.reading import read_model

@@ -11,22 +11,21 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto
 from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError, ModelFileError
+from fmdeploy.export.formats import IR_VERSION, OPSET
 from fmdeploy.export.lint.allowed import require_allowed
 from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import example_inputs
 from fmdeploy.onnxfile.graph import DQ, Graph, Q, attribute, op_counts, save_model
 from fmdeploy.onnxfile.reading import read_model
 from fmdeploy.onnxfile.session import run_model
+from fmdeploy.onnxfile.tidy import constants_to_initialisers, drop_identities
 from fmdeploy.optional import require
 from fmdeploy.quantize import modelopt
 
-OPSET = 20
-IR_VERSION = 9  # what opset 20 needs; readable by ONNX Runtime since 1.16 and by TensorRT 10 and 11
 KEPT = (Q, DQ, "LayerNormalization", "Gelu", "Conv", "ConvTranspose")  # what simplification must not lose or add
 SIMPLIFIED = 1e-4  # largest difference, relative to the largest output, that simplification may cause
 
@@ -88,31 +87,11 @@ def _simplify(raw: ModelProto) -> ModelProto:
 
 def _tidy(model: ModelProto) -> Graph:
     graph = Graph(model)
-    _constants_to_initialisers(graph)
-    _drop_empty_casts(graph)
+    constants_to_initialisers(graph)
+    drop_identities(graph)  # modelopt leaves casts of a type to itself: they hide that two tensors are one
     _merge_pairs(graph)
     graph.drop_unused()
     return graph
-
-
-def _drop_empty_casts(graph: Graph) -> None:
-    """Remove casts from a type to itself, as modelopt leaves them: they hide that two tensors are one."""
-    known = onnx.shape_inference.infer_shapes(graph.model).graph
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*known.value_info, *known.input)}
-    gone = [node for node in graph.nodes("Cast")
-            if kinds.get(node.input[0]) == attribute(node, "to") and node.output[0] not in graph.outputs]
-    for node in gone:
-        graph.redirect(node.output[0], node.input[0])
-    graph.remove(gone)
-
-
-def _constants_to_initialisers(graph: Graph) -> None:
-    nodes = graph.nodes("Constant")
-    for node in nodes:
-        tensor = attribute(node, "value")
-        if tensor is not None:
-            graph.set_constant(node.output[0], onnx.numpy_helper.to_array(tensor))
-    graph.remove([node for node in nodes if attribute(node, "value") is not None])
 
 
 def _merge_pairs(graph: Graph) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 from onnx import ModelProto
@@ -23,6 +23,7 @@ from fmdeploy.arrays import Arrays
 from fmdeploy.draft import WORK_NAME
 from fmdeploy.export.branches import drop_branch_pairs
 from fmdeploy.export.dialects import CpuSpelling, spell_for_cpu
+from fmdeploy.export.formats import Rest, file_name
 from fmdeploy.export.fp16 import half_precision, rounding_made_explicit
 from fmdeploy.export.fp16probe import Kept, probe
 from fmdeploy.export.fused import fused_ops
@@ -34,14 +35,8 @@ from fmdeploy.onnxfile.session import ort_predictor
 from fmdeploy.quantize.build import tracing_example
 from fmdeploy.quantize.trace import UntraceableError, float_graph
 
-Rest = Literal["fp16", "fp32"]
 TYPED = ("fp16", "int8")  # what these files mean is in their types; no CPU runtime is their target
 QDQ = "qdq"  # the FP32-typed graph that both INT8 files come from
-
-
-def file_name(variant: str) -> str:
-    """Name of a variant's file in the bundle."""
-    return f"model.{variant}.onnx"
 
 
 @dataclass(frozen=True)

@@ -12,28 +12,20 @@ from typing import Any
 
 import onnx
 
+from fmdeploy.export.formats import file_name
 from fmdeploy.export.placed import placed_nodes
-from fmdeploy.export.tensorrt.compilecheck import NOT_PROVEN, PROVES, CompileReport, compile_check, require_passed
-from fmdeploy.export.variants import QDQ, TYPED, Variants, file_name
+from fmdeploy.export.tensorrt.compilecheck import (
+    API,
+    NOT_PROVEN,
+    PROVES,
+    CompileReport,
+    compile_check,
+    require_passed,
+)
+from fmdeploy.export.variants import QDQ, TYPED, Variants
 from fmdeploy.progress import say
-from fmdeploy.runtime.tensorrt_api import ApiName, installed, load_api
 
 FILE = "tensorrt.json"
-API: ApiName = "tensorrt-rtx"
-
-
-def wanted_version(asked: bool | None) -> str | None:
-    """Version of the compiler that will check, None where nothing will.
-
-    Args:
-        asked: True insists on the check, False leaves it out, None checks where the package is installed.
-
-    Raises:
-        MissingDependencyError: the check was asked for, and the package is not installed.
-    """
-    if asked is False or (asked is None and not installed(API)):
-        return None
-    return load_api(API).version
 
 
 def verify_tensorrt(variants: Variants, placed: Sequence[str]) -> dict[str, Any]:

@@ -60,14 +60,8 @@ def _export(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     shapes = collection()
     for x in two:
         shapes[x] = {0: torch.export.Dim.DYNAMIC}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    # The fast path is one operator for a whole encoder layer: nothing inside it could be quantised or exported.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, two, dynamic_shapes=shapes).module(check_guards=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad():
+        return torch.export.export(model, two, dynamic_shapes=shapes).module(check_guards=False)
 
 
 def _plain_module(program: fx.GraphModule) -> fx.GraphModule:

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from fmdeploy.iospec import IOSpec
 from fmdeploy.quantize.build import build
-from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, Calibrator, calibrate
+from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, Calibrator, calibrate, check_inputs
 from fmdeploy.quantize.clip import clip
 from fmdeploy.quantize.placement import Placement, Request
 from fmdeploy.quantize.ranges import SmoothRow
@@ -44,6 +44,7 @@ def ptq(
         ConfigError: `request` names what the network does not have.
         DataError: the samples cannot calibrate it.
     """
+    check_inputs(calibration_set, io)
     names = [spec.name for spec in io.inputs]
     smoothed: list[SmoothRow] = []
 

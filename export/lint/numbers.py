@@ -109,7 +109,7 @@ RULES = (
          "Quantise symmetrically (ONNX Runtime: ActivationSymmetric=True), or lower the file with export --from-onnx",
          _nonzero, TRT_CHECK),
     Rule("FMD002", "uint8 with zero point 0", {"tensorrt": "wrong", "dla": "wrong"},
-         "TensorRT has no uint8: it takes this as int8, warns in its log only, and clips the upper half of the range away",
+         "TensorRT has no uint8: it takes this as int8, warns in its log only, and clips the upper half of the range",
          "Quantise to int8, or lower the file with export --from-onnx", _unsigned,
          TRT_CHECK + "; github.com/NVIDIA/TensorRT/issues/2081"),
     Rule("FMD003", "uint8 weights", {"tensorrt": "refused", "dla": "refused"},

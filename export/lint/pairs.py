@@ -102,10 +102,11 @@ def _half_quantised(subject: Subject) -> Iterator[tuple[Where, str]]:
 
 
 def _in_vain(subject: Subject, data: NodeProto) -> bool:
-    """A pair that nobody else reads, and that lets no layer in front of it write INT8."""
+    """A pair that nobody else reads, and that lets no layer or residual add in front of it write INT8."""
     maker = _through_clip(subject, _origin(subject, data.output[0]))
     layers = {node.output[0] for node in quantised_layers(subject)}
-    return len(subject.readers[data.output[0]]) == 1 and maker not in layers
+    useful = maker in layers or subject.made_by(maker, "Add") is not None
+    return len(subject.readers[data.output[0]]) == 1 and not useful
 
 
 def _no_output_pair(subject: Subject) -> Iterator[tuple[Where, str]]:

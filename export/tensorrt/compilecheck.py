@@ -21,11 +21,26 @@ from fmdeploy.export.tensorrt.verdict import NodeVerdict, is_compute, precision_
 from fmdeploy.runtime.tensorrt_api import ApiName, installed, load_api
 
 Status = Literal["ok", "rejected", "build-failed", "unreadable", "precision", "crashed", "timeout", "out-of-memory"]
+API: ApiName = "tensorrt-rtx"  # the compiler that needs no GPU
 TIMEOUT_S, MEMORY_MIB = 600.0, 8192
 MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 PROVES = "The TensorRT parser accepts the file, the compiler builds an engine, its layers have these operand types."
 NOT_PROVEN = ("Nothing was run: neither speed nor numbers. TensorRT-RTX is not the TensorRT of JetPack and has no "
               "sm_87 (Orin) target: the parser's rules carry over, what gets fused may not.")
+
+
+def wanted_version(asked: bool | None) -> str | None:
+    """Version of the compiler that will check, None where nothing will.
+
+    Args:
+        asked: True insists on the check, False leaves it out, None checks where the package is installed.
+
+    Raises:
+        MissingDependencyError: the check was asked for, and the package is not installed.
+    """
+    if asked is False or (asked is None and not installed(API)):
+        return None
+    return load_api(API).version
 
 
 @dataclass(frozen=True)

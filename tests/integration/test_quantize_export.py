@@ -18,7 +18,7 @@ from fmdeploy.errors import ArtifactError, ConfigError, DataError, FmdeployError
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.export.export import export
-from fmdeploy.export.variants import file_name
+from fmdeploy.export.formats import file_name
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
 from fmdeploy.models import predictor

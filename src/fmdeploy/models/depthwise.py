@@ -90,7 +90,7 @@ class BevDepthwise(nn.Module):
 
     def __init__(
         self, channels: tuple[int, ...], num_planes: int, num_scenes: int, *, stem_width: int = 16, width: int = 32,
-        expand: int = 4, dilations: tuple[int, ...] = (1, 2, 4), activation: str = "silu",
+        expand: int = 4, dilations: tuple[int, ...] = (1, 2, 4, 1, 2), activation: str = "silu",
     ) -> None:
         super().__init__()
         sizes = {"stem_width": stem_width, "width": width, "expand": expand, "dilations": list(dilations)}

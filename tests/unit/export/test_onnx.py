@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError, ModelFileError
 from fmdeploy.evaluate.sqnr import sqnr_db
+from fmdeploy.export.formats import IR_VERSION, OPSET
 from fmdeploy.export.lint.allowed import require_allowed
-from fmdeploy.export.onnx import IR_VERSION, OPSET, export_onnx, require_one_pair_a_tensor
+from fmdeploy.export.onnx import export_onnx, require_one_pair_a_tensor
 from fmdeploy.export.variants import float_module
 from fmdeploy.models.outputs import predictor
 from fmdeploy.onnxfile.graph import DQ, Graph, Q, op_counts

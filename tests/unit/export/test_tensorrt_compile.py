@@ -18,9 +18,9 @@ from fmdeploy.export.branches import drop_branch_pairs
 from fmdeploy.export.dialects import quantised_weight
 from fmdeploy.export.fp16 import half_precision, rounding_made_explicit
 from fmdeploy.export.tensorrt.builder import Built, Options, _limit_workspace, network_flags
-from fmdeploy.export.tensorrt.compilecheck import CompileReport, compile_check
+from fmdeploy.export.tensorrt.compilecheck import CompileReport, compile_check, wanted_version
 from fmdeploy.export.variants import write_variants
-from fmdeploy.export.verification import verify_tensorrt, wanted_version
+from fmdeploy.export.verification import verify_tensorrt
 from fmdeploy.onnxfile.graph import DQ, Graph
 from fmdeploy.onnxfile.session import run_model
 from fmdeploy.quantize.ptq import ptq

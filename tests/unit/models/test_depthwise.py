@@ -37,9 +37,9 @@ def test_depthwise_students_fit_the_task_and_trace(task: Task) -> None:
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in student.state_dict().items()}
 
 
-def test_it_is_a_quarter_of_the_dense_student() -> None:
+def test_it_is_less_than_half_of_the_dense_student() -> None:
     task = BevOccupancy()
-    assert num_parameters(task.student("depthwise", {})) < num_parameters(task.student("cnn", {})) / 3
+    assert num_parameters(task.student("depthwise", {})) < num_parameters(task.student("cnn", {})) / 2
 
 
 def test_sizes_and_activation_can_be_chosen() -> None:

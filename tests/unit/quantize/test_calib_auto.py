@@ -22,6 +22,7 @@ from fmdeploy.quantize.build import build
 from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, calibrate
 from fmdeploy.quantize.calibrators import NAMES, Calibrator
 from fmdeploy.quantize.grid import STEPS
+from fmdeploy.quantize.ptq import ptq
 from fmdeploy.quantize.samples import check_inputs, draw, pick, refuse_overlap
 from fmdeploy.task import Arrays, load_task
 from support.quantize_nets import Residual, image_net, io_of, samples_of
@@ -182,6 +183,13 @@ def test_inputs_outside_their_range_are_refused_by_name_and_sample() -> None:
     samples.inputs["x0"][4, 1, 2, 3] = 255.0
     with pytest.raises(DataError, match=r"s/004: calibration input 'x0' leaves its range.*expected 0 to 1, found 255"):
         check_inputs(samples, io)
+
+
+def test_ptq_refuses_own_arrays_that_break_the_specification() -> None:
+    net, io = image_net(Residual())
+    samples = samples_of(io)
+    with pytest.raises(DataError, match=r"'x0' leaves its range.*expected 0 to 1, found .*Preprocess once.*: none"):
+        ptq(net, io, replace(samples, inputs={"x0": samples.inputs["x0"] * 255}))
 
 
 def test_inputs_of_another_shape_type_or_number_are_refused() -> None:

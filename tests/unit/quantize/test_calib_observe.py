@@ -25,7 +25,7 @@ class _Views(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = self.conv(x_BCHW)
+        y_BCHW: Tensor = self.conv(x_BCHW)
         return y_BCHW.view(len(x_BCHW), -1)
 
 

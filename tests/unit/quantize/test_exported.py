@@ -7,11 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fmdeploy.iospec import IOSpec
 from fmdeploy.quantize import modelopt
@@ -74,7 +76,6 @@ def test_packed_projections_of_torch_attention_become_linear_layers() -> None:
     packed = graph.get_submodule("encoder.layers.1.self_attn.in_proj")
     assert isinstance(packed, nn.Linear)
     assert torch.equal(packed.weight, net.get_parameter("encoder.layers.1.self_attn.in_proj_weight"))
-    assert torch.backends.mha.get_fastpath_enabled(), "switched off for the export only"
 
 
 def test_only_linear_and_convolution_of_a_transformer_are_quantised(
@@ -165,3 +166,29 @@ def test_a_tied_weight_stays_one_parameter() -> None:
     net, io = image(Functional)
     graph = float_graph(net, tracing_example(io))
     assert [str(n.target) for n in graph.graph.nodes if n.op == "call_module" and "tied" in str(n.target)] == ["tied"] * 2
+
+
+def _program(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    collection: Any = torch.export.ShapesCollection
+    shapes = collection()
+    for x in inputs:
+        shapes[x] = {0: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        return torch.export.export(model, inputs, dynamic_shapes=shapes).module(check_guards=False)
+
+
+def test_quirk_torch_export_fixes_a_batch_of_one() -> None:
+    with pytest.raises(Exception, match="specialized|Constraints violated"):
+        _program(nn.Linear(4, 2), torch.rand(1, 4))
+
+
+def test_quirk_an_exported_module_cannot_be_trained_as_it_is() -> None:
+    with pytest.raises(NotImplementedError):
+        _program(nn.Linear(4, 2), torch.rand(2, 4)).train()
+
+
+def test_quirk_folding_freezes_the_bias_that_it_makes() -> None:
+    fused = fuse_conv_bn_eval(nn.Conv2d(3, 4, 1, bias=False).eval(), nn.BatchNorm2d(4).eval())
+    assert fused.weight.requires_grad
+    assert fused.bias is not None
+    assert not fused.bias.requires_grad
