@@ -11,7 +11,7 @@ onto their grid first: round(w / s) is the same integer before and after, so the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -23,6 +23,7 @@ from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, attribute
 
 HALF, SINGLE = int(TensorProto.FLOAT16), int(TensorProto.FLOAT)
 SUFFIX = {HALF: "half", SINGLE: "single"}
+FIXED = "tensor(float)"  # formal type of an input that no other type can take the place of
 MOVES = ("Transpose", "Reshape")
 QDQ_OPSET = 19  # the first in which the scale of a Q/DQ pair may be FP16
 
@@ -88,20 +89,28 @@ class Typing:
 
         The others are fixed: the scales of a Resize are FP32 in any node.
         """
-        schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
+        yield from (index for index, formal in self._float_inputs(node) if formal != FIXED)
+
+    def fixed_slots(self, node: NodeProto) -> Iterator[int]:
+        """Numbers of the inputs of `node` that are FP32 whatever the node's type, such as the boxes of an NMS."""
+        yield from (index for index, formal in self._float_inputs(node) if formal == FIXED)
+
+    def _float_inputs(self, node: NodeProto) -> Iterator[tuple[int, str]]:
+        """Number and formal type of every float input."""
+        formals = onnx.defs.get_schema(node.op_type, self.opset, node.domain).inputs
         for index, name in enumerate(node.input):
             if name in self.floats:
-                formal = schema.inputs[min(index, len(schema.inputs) - 1)]
-                if formal.type_str != "tensor(float)":
-                    yield index
+                yield index, formals[min(index, len(formals) - 1)].type_str
 
     def may_be_half(self, node: NodeProto) -> bool:
-        """Whether ONNX has an FP16 form of this node."""
+        """Whether ONNX has an FP16 form of this node, with all the outputs that it has here."""
         if not any(name in self.floats for name in node.input) and node.op_type != "Cast":
             return False
         schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
         allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
-        used = {schema.inputs[min(i, len(schema.inputs) - 1)].type_str for i in self.slots(node)}
+        used = {formal for _, formal in self._float_inputs(node) if formal != FIXED}
+        used |= {schema.outputs[min(index, len(schema.outputs) - 1)].type_str
+                 for index, name in enumerate(node.output) if name in self.floats}
         return all("tensor(float16)" in allowed.get(name, ()) for name in used)
 
     def _of_inputs(self, node: NodeProto) -> int:
@@ -149,12 +158,22 @@ def _rewrite(graph: Graph, typing: Typing) -> None:
                 node.input[index] = _constant(graph, name, kind, scale=node.op_type in (Q, DQ) and index == 1)
             elif typing.of_tensor(name) != kind:
                 node.input[index] = _cast(nodes, made, name, kind)
-        if node.op_type == "Cast" and attribute(node, "to") == SINGLE and kind == HALF:
-            node.attribute[0].i = HALF
+        for index in typing.fixed_slots(node):
+            if typing.of_tensor(node.input[index]) == HALF:
+                node.input[index] = _cast(nodes, made, node.input[index], SINGLE)
+        if kind == HALF:
+            _retarget(node, SINGLE, HALF)
         nodes.append(node)
-    nodes += _give_outputs(graph, typing)
+    nodes += list(_give_outputs(nodes, graph.outputs, typing))
     del graph.model.graph.node[:]
     graph.model.graph.node.extend(nodes)
+
+
+def _retarget(node: NodeProto, old: int, new: int) -> None:
+    """Make a Cast to one type a Cast to another."""
+    for item in node.attribute:
+        if node.op_type == "Cast" and item.name == "to" and item.i == old:
+            item.i = new
 
 
 def _cast(nodes: list[NodeProto], made: dict[tuple[str, int], str], name: str, kind: int) -> str:
@@ -188,18 +207,18 @@ def require_exact_scale(scale: Array, where: str) -> None:
                              fix="Quantise it again, or export with --rest fp32")
 
 
-def _give_outputs(graph: Graph, typing: Typing) -> Iterator[NodeProto]:
-    """Let half-precision nodes write `NAME_half`, and cast that to the FP32 output NAME."""
-    for name in graph.outputs:
+def _give_outputs(nodes: Sequence[NodeProto], outputs: Sequence[str], typing: Typing) -> Iterator[NodeProto]:
+    """Let half-precision nodes write `NAME_before_output`, and cast that to the FP32 output NAME."""
+    for name in outputs:
         if name not in typing.floats or typing.of_tensor(name) == SINGLE:
             continue
         half = f"{name}_before_output"
-        for node in graph.model.graph.node:
+        for node in nodes:
             for names in (node.input, node.output):
                 for index, found in enumerate(names):
                     if found == name:
                         names[index] = half
-        yield helper.make_node("Cast", [half], [name], f"{name}_to_single", to=SINGLE)
+        yield helper.make_node("Cast", [half], [name], f"{name}_to_output", to=SINGLE)
 
 
 def _move_onto_grid(graph: Graph, node: NodeProto) -> None:
@@ -229,8 +248,7 @@ def rounding_made_explicit(model: ModelProto) -> ModelProto:
             graph.set_constant(name, value.astype(np.float32))
     nodes: list[NodeProto] = []
     for node in copied.graph.node:
-        if node.op_type == "Cast" and attribute(node, "to") == HALF:
-            node.attribute[0].i = SINGLE
+        _retarget(node, HALF, SINGLE)
         nodes.append(node)
         for index, name in enumerate(node.output):
             if kinds.get(name) == HALF and node.op_type != DQ:

@@ -118,11 +118,15 @@ def _chunks(graph: Graph, chunk_bytes: int) -> Iterator[list[str]]:
 
 
 def _bytes_of(model: ModelProto) -> dict[str, int]:
-    floats = float_tensors(Graph(model))
+    floats, inputs = float_tensors(Graph(model)), {value.name for value in model.graph.input}
+    return {name: 4 * math.prod(shape) for name, shape in _shapes(model).items() if name in floats - inputs}
+
+
+def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shapes of inputs and computed tensors; an unknown size counts as 1."""
     known = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    values = {value.name: value for value in (*known.value_info, *known.output)}
-    return {name: 4 * math.prod(max(d.dim_value, 1) for d in value.type.tensor_type.shape.dim)
-            for name, value in values.items() if name in floats}
+    return {value.name: tuple(max(d.dim_value, 1) for d in value.type.tensor_type.shape.dim)
+            for value in (*known.input, *known.value_info, *known.output)}
 
 
 def _watch(
@@ -156,15 +160,21 @@ def _look(seen: Seen, array: Array, axes: tuple[int, ...] | None = None) -> None
 
 
 def _inner_axes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Tensor → the axes over which a node that reads it sums."""
+    """Tensor → the axes over which a node that reads it sums; of two such nodes, the more axes."""
     found: dict[str, tuple[int, ...]] = {}
+    shapes = _shapes(graph.model)
     for node in graph.nodes(*SUMS, *SQUARES):
-        if node.op_type.startswith("Reduce"):
-            axes = graph.constants.get(node.input[1]) if len(node.input) > 1 else attribute(node, "axes")
-            found[node.input[0]] = tuple(int(a) for a in axes) if axes is not None else ()
-        else:
-            found[node.input[0]] = (2, 3)  # maps are (1, C, H, W): per channel, over all of H and W
-    return {name: axes or (0,) for name, axes in found.items()}
+        name = node.input[0]
+        found[name] = max(found.get(name, ()), _summed_axes(graph, node, len(shapes.get(name, ()))), key=len)
+    return found
+
+
+def _summed_axes(graph: Graph, node: NodeProto, rank: int) -> tuple[int, ...]:
+    """Maps are (1, C, ...): all places of a channel, or of a group's channels, which all channels bound."""
+    if not node.op_type.startswith("Reduce"):
+        return tuple(range(1 if node.op_type == "GroupNormalization" else 2, rank))
+    axes = graph.constants.get(node.input[1]) if len(node.input) > 1 else attribute(node, "axes")
+    return tuple(range(rank)) if axes is None or not len(axes) else tuple(int(axis) for axis in axes)
 
 
 def _judge(graph: Graph, seen: Mapping[str, Seen]) -> Iterator[Kept]:

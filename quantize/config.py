@@ -22,7 +22,7 @@ class QuantizeConfig(TrainingConfig):
         "calibrate only; or also train on the grid: imitating the float student, or learning from its teacher"))
     teacher: InputPath | None = Field(None, description="qad: TEACHER")
     features: InputPath | None = Field(None, description="qad: FEATURES of that teacher; none given: it runs live")
-    calibrator: Calibrator = Field("max", description="how activation ranges are chosen; auto: by measured error")
+    calibrator: Calibrator = Field("mse", description="how activation ranges are chosen; auto: by measured error")
     calibration_samples: int = Field(256, ge=1, description="samples that show the ranges")
     calibration_split: str = Field("train", description="must be 'train'; the others are for judging")
     smooth: float | None = Field(None, ge=0, le=1, description="strength of SmoothQuant's exact re-scaling")

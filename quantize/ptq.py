@@ -26,7 +26,7 @@ class QuantisedStudent:
 
 def ptq(
     student: nn.Module, io: IOSpec, calibration_set: CalibrationSet, *, request: Request = Request(),  # noqa: B008
-    calibrator: Calibrator = "max", smooth: float | None = None, clip_weights: bool = False,
+    calibrator: Calibrator = "mse", smooth: float | None = None, clip_weights: bool = False,
 ) -> QuantisedStudent:
     """Quantise any float module to INT8.
 

@@ -12,6 +12,7 @@ that training never makes the primary metric worse there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def imitation(
     """The lesson of QAT.
 
     Args:
-        student: the float student that is imitated.
+        student: the float student that is imitated; not changed.
         task: its losses.
         data: its training split is used.
         config: batch and seed.
@@ -87,7 +88,7 @@ def imitation(
     if not alpha_student and not alpha_labels:
         raise ConfigError("QAT needs a loss", expected="alpha_student or alpha_labels above 0", found="both 0")
     batches = SupervisedBatches(task, task.samples(data, "train"), config)
-    frozen = student.eval().requires_grad_(False)
+    frozen = copy.deepcopy(student).eval().requires_grad_(False)
     return Lesson(batches, Imitation(task, frozen, alpha_student, alpha_labels))
 
 

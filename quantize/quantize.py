@@ -144,10 +144,8 @@ def _train(
                            alpha_labels=config.alpha_labels)
     judged = validation(task, data, every=config.validate_every, patience=config.patience,
                         count=config.validation_samples)
-    found = qat(quantised, lesson, config, folder=draft.path(f"work/{config.mode}"), log=draft.path("log.jsonl"),
-                learn_scales=config.learn_scales, judged=judged, title=config.mode)
-    sources.loaded.module.cpu()
-    return found
+    return qat(quantised, lesson, config, folder=draft.path(f"work/{config.mode}"), log=draft.path("log.jsonl"),
+               learn_scales=config.learn_scales, judged=judged, title=config.mode)
 
 
 def _metrics(

@@ -15,8 +15,8 @@ from fmdeploy.errors import FmdeployError, MissingError
 
 NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # cudaMemcpyKind
-MAJOR, MINOR = 75, 76  # cudaDeviceAttr: compute capability
-NO_DEVICE = (35, 100)  # cudaErrorInsufficientDriver, cudaErrorNoDevice
+MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16  # cudaDeviceAttr: compute capability; how many multiprocessors
+NO_DEVICE = (34, 35, 100)  # cudaErrorStubLibrary (a container without the driver), InsufficientDriver, NoDevice
 
 
 class CudaError(FmdeployError):
@@ -84,7 +84,14 @@ class Cuda:
 
     def sm(self) -> str:
         """Compute capability of the first GPU, such as "87"."""
-        return "".join(str(self._do("cudaDeviceGetAttribute", number, 0, result=True)) for number in (MAJOR, MINOR))
+        return "".join(str(self._attribute(number)) for number in (MAJOR, MINOR))
+
+    def multiprocessors(self) -> int:
+        """How many multiprocessors the first GPU has: 16 on AGX Orin 64GB, 8 on Orin Nano 8GB, all of them sm_87."""
+        return self._attribute(MULTIPROCESSORS)
+
+    def _attribute(self, number: int) -> int:
+        return self._do("cudaDeviceGetAttribute", number, 0, result=True)
 
     def malloc(self, size: int) -> int:
         """Device memory; returns its address."""
@@ -109,6 +116,10 @@ class Cuda:
     def stream(self) -> int:
         """A new stream."""
         return self._do("cudaStreamCreate", result=True)
+
+    def destroy_stream(self, stream: int) -> None:
+        """Give a stream back."""
+        self._do("cudaStreamDestroy", stream)
 
     def wait(self, stream: int) -> None:
         """Wait until everything on `stream` is done."""

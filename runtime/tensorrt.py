@@ -84,12 +84,15 @@ class TensorRtBackend:
         return [buffer.host.copy() for buffer in self._outputs]
 
     def close(self) -> None:
-        """Give the buffers back; the backend cannot run any more."""
+        """Give buffers and stream back; the backend cannot run any more. A second call does nothing."""
+        if self._context is None:
+            return
+        self._context = self._engine = None
         for buffer in (*self._inputs, *self._outputs):
             self._cuda.free(buffer.device)
             self._cuda.free_host(buffer.host_address)
         self._inputs, self._outputs = [], []
-        del self._context, self._engine
+        self._cuda.destroy_stream(self._stream)
 
     def inspect(self) -> Any:
         """What the engine inspector says about every layer, parsed from its JSON."""
@@ -111,7 +114,9 @@ class TensorRtBackend:
         size = math.prod(shape) * dtype.itemsize
         address, device = self._cuda.malloc_host(size), self._cuda.malloc(size)
         memory = (ctypes.c_uint8 * size).from_address(address)
-        self._context.set_tensor_address(spec.name, device)
+        if not self._context.set_tensor_address(spec.name, device):
+            raise ModelFileError(f"TensorRT {self._api.version} takes no address of {spec.name!r}: {self._complaint()}",
+                                 where=self._where)
         return Buffer(spec.name, np.frombuffer(memoryview(memory), dtype).reshape(shape), address, device)
 
 

@@ -11,7 +11,9 @@ It runs on the device: neither torch nor onnx is imported.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,8 +25,8 @@ from fmdeploy.command import command
 from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, MissingError, ModelFileError
-from fmdeploy.export.tensorrt.builder import MIB, Options
-from fmdeploy.export.tensorrt.goldencheck import require_agreement, three_way
+from fmdeploy.export.tensorrt.builder import FLAGS, MIB, Options
+from fmdeploy.export.tensorrt.goldencheck import require_agreement, stored_answers, three_way
 from fmdeploy.export.tensorrt.isolated import Ended, Limits, build_isolated
 from fmdeploy.export.tensorrt.machine import available_mib, l4t_release, power_mode
 from fmdeploy.manifest import MANIFEST_NAME, Kind, read_manifest, request_key
@@ -57,14 +59,19 @@ class BuildConfig(StageConfig):
 
 
 class BuildRequest(StageConfig):
-    """What identifies an engine: the ONNX file's digest, the builder, and the machine."""
+    """What identifies an engine: the ONNX file's digest, the builder, and the machine.
+
+    All Orins are sm_87: the number of multiprocessors tells a small board from a large one.
+    """
 
     variant: str
     model_sha256: str
     api: str
     version: str
+    flags: tuple[str, ...] = FLAGS
     workspace_mib: int
     sm: str | None
+    multiprocessors: int | None
     l4t: str | None
     power_mode: str | None
 
@@ -76,12 +83,13 @@ class Place:
     root: Path = Path("/")
     cuda: Callable[[], Cuda] = load_cuda
 
-    def sm(self) -> str | None:
-        """Compute capability, None without a GPU."""
+    def gpu(self) -> tuple[str | None, int | None]:
+        """Compute capability and number of multiprocessors, None without a GPU."""
         try:
-            return self.cuda().sm()
+            cuda = self.cuda()
         except MissingError:
-            return None
+            return None, None
+        return cuda.sm(), cuda.multiprocessors()
 
 
 @command(BuildConfig)
@@ -103,9 +111,11 @@ def build_engine_artifact(config: BuildConfig, place: Place) -> Artifact:
     if config.variant not in bundle.variants:
         raise ConfigError("the bundle has no such model", where=config.bundle, expected=", ".join(bundle.variants),
                           found=config.variant)
+    sm, multiprocessors = place.gpu()
     request = BuildRequest(variant=config.variant, model_sha256=bundle.model_sha256(config.variant), api=api.name,
-                           version=api.version, workspace_mib=config.workspace_mib, sm=place.sm(),
-                           l4t=l4t_release(place.root), power_mode=power_mode(place.root))
+                           version=api.version, workspace_mib=config.workspace_mib, sm=sm,
+                           multiprocessors=multiprocessors, l4t=l4t_release(place.root),
+                           power_mode=power_mode(place.root))
     out = free_place(Path(os.path.abspath(config.out)), request, bundle)
     return produce(out, Kind.ENGINE, stage=STAGE, config=request, inputs={"bundle": bundle.artifact},
                    build=lambda draft: _build(draft, config, request, bundle, api, place))
@@ -127,22 +137,32 @@ def free_place(out: Path, request: BuildRequest, bundle: Bundle) -> Path:
 def _build(
     draft: Draft, config: BuildConfig, request: BuildRequest, bundle: Bundle, api: Api, place: Place
 ) -> None:
-    cache = config.timing_cache or config.out.with_name(f".timing-{api.name}-{api.version}-sm{request.sm or '0'}.cache")
-    ended = _compile(config, request, bundle, cache, place)
+    stored_answers(bundle, config.variant)  # what nothing can judge is not built
+    task = load_task(task_name(bundle, ""))
+    ended = _compile(config, request, bundle, config.timing_cache or cache_beside(config.out, request), place)
     assert ended.engine is not None
     draft.path(ENGINE).write_bytes(ended.engine)
     say(f"{api.name} {api.version} built an engine of {len(ended.engine) / MIB:.2f} MiB in "
         f"{ended.result['seconds']:.1f} s")
-    backend = _load(ended.engine, bundle, api, place)
-    agreements = three_way(bundle, config.variant, backend, load_task(task_name(bundle, "")))
+    with closing(_load(ended.engine, bundle, api, place)) as backend:
+        agreements = three_way(bundle, config.variant, backend, task)
+        layers = backend.inspect()
     for found in agreements:
         say(str(found))
     require_agreement(agreements[0], bundle.golden.index.variants[config.variant].sqnr_db, len(bundle.golden))
     draft.write_json("agreement.json", [found.to_json() for found in agreements])
-    draft.write_json("inspector.json", backend.inspect())
+    draft.write_json("inspector.json", layers)
     draft.write_json("build.json", {**request.resolved(), "flags": ended.result["flags"],
                                     "engine_bytes": len(ended.engine)})
     draft.note(build_seconds=ended.result["seconds"], build_peak_mib=ended.result["peak_mib"])
+
+
+def cache_beside(out: Path, request: BuildRequest) -> Path:
+    """Where kernel timings are kept: they hold for one GPU in one power mode, as the engine does."""
+    gpu = f"sm{request.sm or 0}x{request.multiprocessors or 0}"
+    facts = (request.api, request.version, gpu, request.l4t, request.power_mode)
+    name = re.sub(r"[^\w.-]", "_", "-".join(fact for fact in facts if fact))
+    return Path(os.path.abspath(out)).with_name(f".timing-{name}.cache")
 
 
 def _compile(config: BuildConfig, request: BuildRequest, bundle: Bundle, cache: Path, place: Place) -> Ended:
@@ -155,7 +175,7 @@ def _compile(config: BuildConfig, request: BuildRequest, bundle: Bundle, cache: 
         more = f" (and {len(ended.problems) - 1} more)" if len(ended.problems) > 1 else ""
         raise ModelFileError(f"{config.api} {request.version} builds no engine, {ended.problems[0]}{more}", where=model)
     if ended.timing_cache is not None:
-        _replace(cache, ended.timing_cache)
+        _keep(cache, ended.timing_cache)
     return ended
 
 
@@ -167,13 +187,16 @@ def _load(engine: bytes, bundle: Bundle, api: Api, place: Place) -> TensorRtBack
                            where=error.where, expected=error.expected, found=error.found, fix=error.fix) from error
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write bytes in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _keep(path: Path, content: bytes) -> None:
+    """Write the timing cache in one step; an engine is not thrown away because that failed."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_bytes(content)
         os.replace(scratch, path)
+    except OSError as error:
+        say(f"the timing cache {path} cannot be written: {error.strerror}")
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 

@@ -19,6 +19,8 @@ IGNORE_MISMATCH = False
 # What the parser makes of Conv, ConvTranspose, Gemm, MatMul and Einsum.
 COMPUTE = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
 ONNX_NAME = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1c-\x1f]|\[ONNX Layer: |$)")  # names are joined by ASCII 0x1F
+DETAILED, NO_TF32 = "profiling_verbosity=DETAILED", "no TF32"
+FLAGS = ("strongly typed", DETAILED, NO_TF32)  # how every engine is built: part of its key
 LAYERS = "Layers:"  # how the verbose message with the engine's layers begins
 
 
@@ -118,9 +120,9 @@ def _build(api: Api, model: bytes, options: Options, log: Any, built: Built) -> 
     built.nodes = network_nodes(network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    built.flags.append("profiling_verbosity=DETAILED")
+    built.flags.append(DETAILED)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; FP32 in the graph is to mean 24 bits, not 11
-    built.flags.append("no TF32")
+    built.flags.append(NO_TF32)
     _limit_workspace(trt, config, options, built)
     config.add_optimization_profile(_profile(builder, network, options, built))
     cache = _use_timing_cache(config, options, built)

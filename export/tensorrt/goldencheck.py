@@ -97,12 +97,24 @@ def three_way(bundle: Bundle, variant: str, backend: Backend, task: Task) -> tup
     tensors = bundle.artifact.tensors(TENSORS)
     samples: Samples = GoldenSamples(bundle.golden.inputs, {
         name.removeprefix("target."): array for name, array in tensors.items() if name.startswith("target.")})
-    stored = {"onnxruntime": _stored(bundle, tensors, f"output.{variant}."),
-              "torch": _stored(bundle, tensors, f"reference.{TORCH.get(variant, variant)}.")}
-    answers = {"engine": run_golden(bundle, backend), **stored}
+    answers = {"engine": run_golden(bundle, backend), **stored_answers(bundle, variant)}
     metric = task.metrics()[0]
     pairs = (("engine", "onnxruntime"), ("engine", "torch"), ("onnxruntime", "torch"))
     return tuple(agreement(a, b, answers, samples, metric) for a, b in pairs)
+
+
+def stored_answers(bundle: Bundle, variant: str) -> dict[str, Arrays]:
+    """What ONNX Runtime and torch said to the golden inputs, (N, ...) by output.
+
+    Raises:
+        ArtifactError: the bundle stores no answers, or no tolerance, of this variant.
+    """
+    if variant not in bundle.golden.index.variants:
+        raise ArtifactError("holds no golden tolerance of this variant", where=bundle.artifact.root, expected=variant,
+                            found=", ".join(bundle.golden.index.variants), fix="Export the bundle again")
+    tensors = bundle.artifact.tensors(TENSORS)
+    return {"onnxruntime": _stored(bundle, tensors, f"output.{variant}."),
+            "torch": _stored(bundle, tensors, f"reference.{TORCH.get(variant, variant)}.")}
 
 
 def _stored(bundle: Bundle, tensors: Arrays, prefix: str) -> Arrays:

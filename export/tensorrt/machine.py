@@ -1,36 +1,15 @@
-"""What an engine is bound to besides its ONNX file: L4T release, power mode, GPU. Read from files, never guessed."""
+"""What an engine is bound to besides ONNX file and GPU: L4T release and power mode. Read from files, never guessed."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 RELEASE = Path("etc/nv_tegra_release")
 PACKAGES = Path("var/lib/dpkg/status")
 POWER_STATUS = Path("var/lib/nvpmodel/status")
 POWER_MODES = Path("etc/nvpmodel.conf")
 MEMINFO = Path("proc/meminfo")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Facts of the build key.
-
-    Attributes:
-        l4t: Release of Jetson Linux, such as "36.4.4"; None elsewhere.
-        power_mode: Name of the nvpmodel mode, such as "MAXN_SUPER": its clocks decide which kernels win.
-        sm: Compute capability of the GPU, such as "87"; None without one.
-    """
-
-    l4t: str | None
-    power_mode: str | None
-    sm: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 def l4t_release(root: Path = Path("/")) -> str | None:

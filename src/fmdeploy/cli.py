@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
@@ -158,11 +159,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(report_error(error))
 
 
+UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG,
+                 errno.ELOOP)
+
+
 def report_error(error: Exception) -> int:
     """Print one line for a user's error, a traceback for a bug; return the exit code."""
     from fmdeploy.errors import FmdeployError, InputError
 
-    if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
+    if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE_PATH:
         error = InputError(f"{error.strerror}".lower(), where=error.filename, fix="Check the path and its permissions")
     if isinstance(error, FmdeployError) and error.exit_code != 4:
         print(f"fmdeploy: {error}", file=sys.stderr)

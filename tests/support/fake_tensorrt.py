@@ -24,8 +24,9 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(ui
 class HostCalls:
     """CUDA runtime functions on host memory; `fail` names one that returns an error code."""
 
-    def __init__(self, devices: int = 1, fail: str = "") -> None:
-        self.devices, self.fail = devices, fail
+    def __init__(self, devices: int = 1, fail: str = "", multiprocessors: int = 8) -> None:
+        self.devices, self.fail, self.multiprocessors = devices, fail, multiprocessors
+        self.streams = 0
         self.memory: dict[int, Any] = {}
 
     def call(self, name: str, *arguments: int, result: bool = False) -> tuple[int, int]:
@@ -34,7 +35,7 @@ class HostCalls:
         if name == "cudaGetDeviceCount":
             return (0, self.devices) if self.devices else (35, 0)
         if name == "cudaDeviceGetAttribute":
-            return 0, {75: 8, 76: 7}[arguments[0]]
+            return 0, {75: 8, 76: 7, 16: self.multiprocessors}[arguments[0]]
         if name in ("cudaMalloc", "cudaMallocHost"):
             block = ctypes.create_string_buffer(arguments[0])
             self.memory[ctypes.addressof(block)] = block
@@ -42,14 +43,15 @@ class HostCalls:
         if name in ("cudaFree", "cudaFreeHost"):
             del self.memory[arguments[0]]
             return 0, 0
+        self.streams += {"cudaStreamCreate": 1, "cudaStreamDestroy": -1}.get(name, 0)
         if name == "cudaMemcpyAsync":
             ctypes.memmove(arguments[0], arguments[1], arguments[2])
         return 0, 7 if result else 0
 
 
-def host_cuda(devices: int = 1, fail: str = "") -> Cuda:
+def host_cuda(devices: int = 1, fail: str = "", multiprocessors: int = 8) -> Cuda:
     """A GPU of compute capability 8.7 that is host memory."""
-    return Cuda(HostCalls(devices, fail))
+    return Cuda(HostCalls(devices, fail, multiprocessors))
 
 
 class TensorIOMode(Enum):
@@ -91,8 +93,9 @@ class Engine:
     def create_engine_inspector(self) -> Any:
         return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": [{"Name": "all", "format": form}]}))
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
+        return name in self._specs
 
     def execute_async_v3(self, stream: int) -> bool:
         feeds = {name: self._view(name).copy() for name, (mode, _) in self._specs.items() if mode is TensorIOMode.INPUT}

@@ -106,6 +106,8 @@ def _notes(work: Workload, prediction: Prediction, on: Device, precision: Precis
         yield "the file has no Q/DQ pairs: every convolution and linear layer is counted as INT8"
     if precision != "int8" and work.quantised:
         yield f"the Q/DQ pairs of the file are ignored: everything is counted as {precision.upper()}"
+    if precision == "fp32" and on.clock_mhz is not None:
+        yield "FP32 is TF32, as TensorRT builds it by default; fmdeploy build keeps all 24 bits, which is slower"
     if not work.dynamic and batch != work.batch:
         yield f"the file has a fixed batch of {work.batch}; its work is scaled to {batch}"
     if work.unknown:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from onnx import ModelProto, NodeProto
 
+from fmdeploy.errors import ModelFileError
 from fmdeploy.estimate.fusion import TENSORRT, Fusion, Group, Rules
 from fmdeploy.estimate.operators import ALREADY_INT8, TRANSCENDENTAL, WEIGHT_OF, kind_of, product
 from fmdeploy.estimate.shapes import Shape, tensor_shapes
@@ -56,7 +57,8 @@ def work_of(model: ModelProto, where: object = "model", rules: Rules = TENSORRT)
     """The work of an ONNX model under a runtime's rules of fusion.
 
     Raises:
-        ModelFileError: an input has a dynamic dimension other than the first, or the sizes cannot be found.
+        ModelFileError: an input has a dynamic dimension other than the first, the sizes cannot be found, or nothing in
+            the file takes time.
     """
     graph = Graph(model)
     sizes, batch = tensor_shapes(model, where)
@@ -64,6 +66,8 @@ def work_of(model: ModelProto, where: object = "model", rules: Rules = TENSORRT)
     fusion = Fusion(graph, sizes, weights, rules)
     reader = _Reader(graph, sizes, weights, fusion)
     rows = [row for group in fusion.groups for row in reader.rows(group)]
+    if not rows:
+        raise ModelFileError("computes nothing: it holds views and constants only", where=where)
     unknown = Counter(g.anchor.op_type for g in fusion.groups if g.kind == "other")
     count = batch or 1
     return Workload(tuple(_a_sample(row, count) for row in rows), count, batch is None, reader.quantised,

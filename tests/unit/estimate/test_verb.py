@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx import helper
 
 from fmdeploy import cli
 from fmdeploy.estimate.constants import Efficiency
@@ -22,6 +23,7 @@ from fmdeploy.estimate.roofline import predict
 from fmdeploy.estimate.work import PRECISIONS
 from fmdeploy.onnxfile.graph import save_model
 from support.bundles import make_bundle
+from support.onnxgraphs import graph_of
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,27 @@ def test_text_says_that_it_is_predicted(models: Path, capsys: pytest.CaptureFixt
     assert "predicted, not measured" in out
     assert "transformer-like" in out
     assert "the clocks of orin-agx-64 in mode 30W are unverified" in out
+
+
+def test_fp32_is_said_to_be_tf32(models: Path) -> None:
+    said = [estimate(file=models / "r18.onnx", device="orin-nano-super", precision=one).data["notes"] for one in PRECISIONS]
+    assert [any("TF32" in note for note in notes) for notes in said] == [True, False, False]
+
+
+def test_a_file_that_computes_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    node = helper.make_node("Identity", ["x"], ["y"])
+    save_model(graph_of([node], inputs={"x": (1, 3)}, outputs={"y": (1, 3)}), tmp_path / "view.onnx")
+    code, out, err = run(capsys, tmp_path / "view.onnx", "--device", "orin-nano-super")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "view.onnx: computes nothing" in err
+
+
+def test_a_device_file_that_cannot_be_written_is_one_line(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (models / "ok.csv").write_text(measurements(models, 1))
+    code, _, err = run(capsys, "--device", "orin-nano-super", "--calibrate", models / "ok.csv", "--out",
+                       models / f"{'x' * 300}.toml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "file name too long" in err
 
 
 def test_power_modes_and_batch_order_latencies(models: Path) -> None:

@@ -50,6 +50,39 @@ def test_inputs_and_outputs_stay_fp32_and_the_rest_is_half() -> None:
     assert [t.data_type for t in half.graph.initializer] == [TensorProto.FLOAT16]
 
 
+def test_an_output_that_another_node_reads_too_is_made_once() -> None:
+    """The reader stays FP32: it must not read what is cast only behind it."""
+    model = graph_of([helper.make_node("Relu", ["x"], ["a"], "/a"), helper.make_node("Exp", ["a"], ["y"], "/y")],
+                     inputs={"x": (1, 8)}, outputs={"a": (1, 8), "y": (1, 8)})
+    half = half_precision(model, keep={"/y"})
+    found = as_typed(half, ROW)
+    assert np.allclose(found["a"], np.maximum(ROW["x"], 0), atol=1e-3)
+    assert np.allclose(found["y"], np.exp(np.maximum(ROW["x"], 0)), rtol=1e-2)
+    names = [node.name for node in half.graph.node]
+    assert len(set(names)) == len(names)
+
+
+def test_a_cast_is_retyped_whatever_its_other_attributes() -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["i"], "/i", to=TensorProto.INT32),
+             helper.make_node("Cast", ["i"], ["f"], "/f", saturate=1, to=TensorProto.FLOAT),
+             helper.make_node("Relu", ["f"], ["y"], "/y")]
+    half = half_precision(graph_of(nodes, inputs={"x": (1, 8)}, outputs={"y": (1, 8)}))
+    cast = next(node for node in half.graph.node if node.name == "/f")
+    assert (attribute(cast, "to"), attribute(cast, "saturate")) == (TensorProto.FLOAT16, 1)
+    assert np.array_equal(as_typed(half, ROW)["y"], np.maximum(np.trunc(ROW["x"]), 0))
+
+
+def test_an_input_that_is_fp32_in_any_node_is_cast_back() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["boxes"], "/r"),
+             helper.make_node("NonMaxSuppression", ["boxes", "scores", "most", "iou"], ["i"], "/nms"),
+             helper.make_node("Cast", ["i"], ["y"], "/y", to=TensorProto.FLOAT)]
+    model = graph_of(nodes, inputs={"x": (1, 2, 4)}, outputs={"y": (2, 3)}, constants={
+        "scores": np.ones((1, 1, 2), np.float32), "most": np.array([2]), "iou": np.array([0.5], np.float32)})
+    boxes = np.array([[[0, 0, 1, 1], [2, 2, 3, 3]]], np.float32)
+    found = run_model(half_precision(model).SerializeToString(), {"x": boxes}, optimise=False)["y"]
+    assert found.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
 def test_layernorm_and_gelu_stay_one_operator_each(tmp_path: Path) -> None:
     net, io = vit()
     model = export_onnx(float_module(net, io), io, tmp_path / "m.onnx")
@@ -107,6 +140,18 @@ def test_a_sum_inside_a_node_counts(op: str, size: int, kept: bool) -> None:
     assert bool(rows) is kept
     assert not kept or rows[0].value == pytest.approx(5 * 64 * 64)
     assert LIMIT == 65504 / 4
+
+
+@pytest.mark.parametrize(("op", "shape", "inside"), [
+    ("GlobalAveragePool", (1, 2, 4096), 5 * 4096), ("GlobalAveragePool", (1, 2, 16, 16, 16), 5 * 4096),
+    ("InstanceNormalization", (1, 2, 1024), 25 * 1024), ("ReduceMean", (1, 2, 4096), 5 * 2 * 4096)])
+def test_sums_inside_count_at_any_rank(op: str, shape: tuple[int, ...], inside: float) -> None:
+    """GroupNorm is an InstanceNormalization of rank 3 in ONNX; a ReduceMean without axes sums everything."""
+    more = {"g": np.ones(2, np.float32), "b": np.zeros(2, np.float32)} if op == "InstanceNormalization" else {}
+    out = {"GlobalAveragePool": (*shape[:2], *[1] * (len(shape) - 2)), "ReduceMean": (1, 1, 1)}.get(op, shape)
+    model = graph_of([helper.make_node(op, ["x", *more], ["y"], "/sum")], inputs={"x": shape}, outputs={"y": out},
+                     constants=more)
+    assert probe(model, {"x": np.full(shape, 5, np.float32)})[0].value == pytest.approx(inside)
 
 
 def test_a_decomposed_variance_stays_fp32_and_the_fused_one_does_not() -> None:

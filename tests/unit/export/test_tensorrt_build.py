@@ -13,10 +13,10 @@ import pytest
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.draft import Draft
-from fmdeploy.errors import ConfigError, GateError, MissingError, ModelFileError
+from fmdeploy.errors import ArtifactError, ConfigError, GateError, MissingError, ModelFileError
 from fmdeploy.export.tensorrt import build as build_module
 from fmdeploy.export.tensorrt.build import BuildConfig, Place, build_engine_artifact
-from fmdeploy.export.tensorrt.builder import Problem
+from fmdeploy.export.tensorrt.builder import FLAGS, Problem
 from fmdeploy.export.tensorrt.isolated import Ended
 from fmdeploy.export.tensorrt.machine import available_mib, l4t_release, power_mode
 from fmdeploy.manifest import Kind
@@ -120,12 +120,12 @@ def test_an_engine_is_built_proven_and_stored(bundle: Artifact, device: Any, tmp
     engine = build_engine_artifact(config(bundle, tmp_path / "engine"), place)
     assert engine.kind is Kind.ENGINE
     assert engine.path("engine.plan").read_bytes() == fp32_model()
-    assert {"sm": "87", "l4t": "36.4.4", "power_mode": "MAXN_SUPER", "version": "10.3.0.26"}.items() <= engine.json("build.json").items()
+    assert {"sm": "87", "multiprocessors": 8, "l4t": "36.4.4", "power_mode": "MAXN_SUPER", "version": "10.3.0.26"}.items() <= engine.json("build.json").items()
     assert engine.json("inspector.json")["Layers"][0]["Name"] == "all"
     pairs = [row["pair"] for row in engine.json("agreement.json")]
     assert pairs == ["engine against onnxruntime", "engine against torch", "onnxruntime against torch"]
     assert engine.json("agreement.json")[0]["cosine"]["bev"] == pytest.approx(1)
-    assert next(tmp_path.glob(".timing-tensorrt-10.3.0.26-sm87.cache")).read_bytes() == b"times"
+    assert next(tmp_path.glob(".timing-tensorrt-10.3.0.26-sm87x8-36.4.4-MAXN_SUPER.cache")).read_bytes() == b"times"
     assert len(made) == 1
 
 
@@ -141,6 +141,34 @@ def test_the_same_key_is_skipped_and_another_is_built_beside(bundle: Artifact, d
     assert first.path("engine.plan").exists()
     assert build_engine_artifact(config(bundle, tmp_path / "engine"), replace(place, root=tmp_path / "slow")).root == other.root
     assert len(made) == 2
+
+
+def test_another_power_mode_or_board_uses_neither_the_engine_nor_its_timings(bundle: Artifact, device: Any, tmp_path: Path) -> None:
+    """All Orins are sm_87, and at another clock other kernels win."""
+    made, place = device
+    slow = replace(place, root=jetson(tmp_path / "slow", mode=0))
+    large = replace(place, cuda=lambda: host_cuda(multiprocessors=16))
+    roots = {build_engine_artifact(config(bundle, tmp_path / "engine"), where).root for where in (place, slow, large)}
+    assert (len(roots), len(made), len(list(tmp_path.glob(".timing-*")))) == (3, 3, 3)
+
+
+def test_builder_flags_are_in_the_key(bundle: Artifact, device: Any, tmp_path: Path) -> None:
+    engine = build_engine_artifact(config(bundle, tmp_path / "engine"), device[1])
+    assert engine.manifest.config["flags"] == list(FLAGS)
+
+
+def test_a_timing_cache_that_cannot_be_written_costs_no_engine(bundle: Artifact, device: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    engine = build_engine_artifact(config(bundle, tmp_path / "engine", timing_cache=tmp_path / "file/cache"), device[1])
+    assert engine.has("engine.plan")
+
+
+def test_an_engine_that_nothing_can_judge_is_not_built(bundle: Artifact, device: Any, tmp_path: Path) -> None:
+    made, place = device
+    mute = make_bundle(tmp_path / "mute", models={"fp32": fp32_model()}, change=lambda draft: draft.write_json("model.json", {"task": "toy"}))
+    with pytest.raises(ArtifactError, match="no golden answers.*reference.fp32"):
+        build_engine_artifact(config(mute, tmp_path / "engine"), place)
+    assert not made
 
 
 def test_golden_vectors_decide(bundle: Artifact, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,15 +197,19 @@ def test_a_variant_that_the_bundle_lacks_is_named(bundle: Artifact, device: Any,
 
 
 @needs_compiler
-def test_without_a_gpu_the_real_builder_gets_as_far_as_the_engine(bundle: Artifact, tmp_path: Path) -> None:
+def test_without_a_gpu_the_real_builder_gets_as_far_as_the_engine(
+    bundle: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The code of the device, in CI: parser, builder, serialised engine and timing cache are real."""
+    monkeypatch.setattr(build_module, "load_task", lambda name: _Task())
+
     def no_gpu() -> Any:
         raise MissingError("there is no NVIDIA GPU here")
 
     with pytest.raises(MissingError, match=r"the engine of [\d,]{6,} bytes was built, but cannot prove itself: there is no"):
         build_engine_artifact(config(bundle, tmp_path / "engine", api="tensorrt-rtx"), Place(tmp_path / "pc", no_gpu))
     assert not (tmp_path / "engine").exists()
-    cache = next(tmp_path.glob(".timing-tensorrt-rtx-*-sm0.cache"))
+    cache = next(tmp_path.glob(".timing-tensorrt-rtx-*-sm0x0.cache"))
     assert cache.stat().st_size
     with pytest.raises(MissingError):  # and the cache of the first build is accepted by the second
         build_engine_artifact(config(bundle, tmp_path / "engine", api="tensorrt-rtx"), Place(tmp_path / "pc", no_gpu))

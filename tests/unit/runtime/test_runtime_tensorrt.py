@@ -67,8 +67,10 @@ def test_close_gives_every_buffer_back() -> None:
     calls = HostCalls()
     found = backend(cuda=Cuda(calls))
     assert len(calls.memory) == 2 * (len(io_spec().inputs) + len(io_spec().outputs))
+    assert calls.streams == 1
     found.close()
-    assert not calls.memory
+    assert (calls.memory, calls.streams) == ({}, 0)
+    found.close()  # a second time is no fault
 
 
 def test_a_machine_without_a_gpu_or_without_cuda_is_missing_something() -> None:
