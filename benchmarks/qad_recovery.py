@@ -27,16 +27,14 @@ from fmdeploy.quantize.quantize import quantize
 from fmdeploy.task import Metric, load_task
 
 LR = 6e-2  # of the float student: the rate it is most accurate at
-GRID_LR = 1e-3  # of training on the grid
 TARGET_LOSS, TARGET_SHARE = 0.02, 2 / 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200, help="of training on the grid")
+    parser.add_argument("--steps", type=int, default=100, help="of training on the grid")
     parser.add_argument("--train-steps", type=int, default=500, help="of the float student")
-    parser.add_argument("--lr", type=float, default=GRID_LR, help="of training on the grid")
     parser.add_argument("--student", type=Path, help="a depthwise STUDENT made before")
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
@@ -46,11 +44,11 @@ def main() -> None:
         student = options.student or distill(
             data=demo / "data", teacher=demo / "teacher", features=demo / "features", out=home / "student",
             student="depthwise", labels=0.1, steps=options.train_steps, lr=LR).root
-        common = {"student": student, "data": demo / "data"}
-        made = {"probed PTQ": _arm("probed PTQ", home, metric, **common)}
-        common["placement"] = everything_in_int8(made["probed PTQ"], home / "placement.toml")
-        for arm, choice in arms(demo, options.steps, options.lr, more=options.all).items():
-            made[arm] = _arm(arm, home, metric, **common, **choice)
+        common = {"student": student, "data": demo / "data", "calibrator": "max"}
+        made = {"probed max PTQ": _arm("probed max PTQ", home, metric, **common)}
+        common["placement"] = everything_in_int8(made["probed max PTQ"], home / "placement.toml")
+        for arm, choice in arms(demo, options.steps, more=options.all).items():
+            made[arm] = _arm(arm, home, metric, **(common | choice))
         report(made, metric)
 
 
@@ -62,15 +60,15 @@ def everything_in_int8(made: Artifact, file: Path) -> Path:
     return file
 
 
-def arms(demo: Path, steps: int, lr: float, *, more: bool) -> dict[str, dict[str, Any]]:
+def arms(demo: Path, steps: int, *, more: bool) -> dict[str, dict[str, Any]]:
     """Name → options of `quantize`."""
-    grid = {"steps": steps, "lr": lr, "weight_decay": 0.0}
-    taught = {"mode": "qad", "teacher": demo / "teacher", "features": demo / "features", **grid}
+    taught = {"mode": "qad", "teacher": demo / "teacher", "features": demo / "features", "steps": steps}
     found: dict[str, dict[str, Any]] = {"plain max PTQ": {}, "QAD": taught}
     if more:
         found |= {
+            "plain mse PTQ": {"calibrator": "mse"},
             "plain auto PTQ": {"calibrator": "auto"},
-            "QAT": {"mode": "qat", **grid},
+            "QAT": {"mode": "qat", "steps": steps},
             "QAD learned ranges": {**taught, "learn_scales": True},
         }
     return found

@@ -209,9 +209,8 @@ def require_exact_scale(scale: Array, where: str) -> None:
 
 def _give_outputs(nodes: Sequence[NodeProto], outputs: Sequence[str], typing: Typing) -> Iterator[NodeProto]:
     """Let half-precision nodes write `NAME_before_output`, and cast that to the FP32 output NAME."""
-    for name in outputs:
-        if name not in typing.floats or typing.of_tensor(name) == SINGLE:
-            continue
+    made_half = [name for name in outputs if name in typing.floats and typing.of_tensor(name) == HALF]
+    for name in made_half:
         half = f"{name}_before_output"
         for node in nodes:
             for names in (node.input, node.output):

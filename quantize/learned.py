@@ -33,7 +33,7 @@ RATE = 10.0
 
 
 class _Round(torch.autograd.Function):
-    """The INT8 grid of one range, or of one range a channel of the first axis (C, 1, ...), bit by bit as modelopt's."""
+    """The INT8 grid of one range, or of one range a channel of the first axis (C, 1, ...)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, amax: Tensor, factor: float) -> Tensor:
@@ -44,7 +44,7 @@ class _Round(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, steps, *results = ctx.saved_tensors
         passed = _inside(grad, x, steps)
         if not results:
@@ -72,7 +72,8 @@ def _inside(grad: Tensor, x: Tensor, steps: Tensor) -> Tensor:
     """`grad` where `x` rounds to a step of the grid, 0 where it is clipped."""
     if steps.numel() == 1 and not x.is_cuda:  # one vectorised pass; on a GPU it would wait for the number
         step = 1 / float(steps)
-        return torch.ops.aten.hardtanh_backward(grad, x, (LOW - 0.5) * step, (HIGH + 0.5) * step)
+        found: Tensor = torch.ops.aten.hardtanh_backward(grad, x, (LOW - 0.5) * step, (HIGH + 0.5) * step)
+        return found
     place = x * steps
     return grad * ((place > LOW - 0.5) & (place < HIGH + 0.5))
 

@@ -23,6 +23,7 @@ from fmdeploy.quantize.work import LatencyModel, kernels_of
 
 SENSITIVITY = "sensitivity.json"
 SEARCH = "search.json"
+SENSITIVITY_SAMPLES = 128  # two passes a layer: enough for a ranking; the search runs its candidates on all samples
 WHY = "kept float by the search: the metric drops too far with it in INT8"
 
 
@@ -93,16 +94,17 @@ def mix(
     if config.max_drop is None and not config.sensitivity:
         return Mixed(quantised)
     task, example = loaded.task, tracing_example(loaded.task.io)
-    samples, student = validation_samples(task, data, config.validation_samples), predictor(loaded.module, task.io)
+    student = predictor(loaded.module, task.io)
 
-    def judge_of(made: QuantisedStudent, placed: Request) -> Judge:
+    def judge_of(made: QuantisedStudent, placed: Request, count: int) -> Judge:
         board = Switchboard.of(made.module, made.placement, loaded.module, example, placed)
-        return Judge(board, task, samples, student)
+        return Judge(board, task, validation_samples(task, data, count), student)
 
-    judge = judge_of(quantised, request)
-    measured = measure_sensitivity(judge)
+    count = config.validation_samples
+    measured = measure_sensitivity(judge_of(quantised, request, min(count, SENSITIVITY_SAMPLES)))
     if config.max_drop is None:
         return Mixed(quantised, measured)
+    judge = judge_of(quantised, request, count)
     kernels = kernels_of(loaded.module, quantised.placement, example)
     found = search(judge, measured, LatencyModel(kernels, device(config.device)), config.max_drop)
     if found.chosen.keep_float and found.chosen.int8:
@@ -111,7 +113,7 @@ def mix(
         if config.mode != "ptq":
             transplant(trained, quantised)
         quantised = _explained(quantised, found.chosen.keep_float)
-        judge = judge_of(quantised, request)
+        judge = judge_of(quantised, request, count)
     return Mixed(quantised, measured, found, judge.effect(judge.board.names).drop)
 
 

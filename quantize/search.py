@@ -124,7 +124,7 @@ def search(judge: Judge, sensitivity: Sensitivity, latency: LatencyModel, max_dr
         best = min((c for c in tries.found.values() if c.int8), key=lambda c: (c.drop, c.microseconds), default=whole)
     gains = {name: latency.gain(name) for name in judge.board.names}
     device = f"{latency.device.name} ({latency.device.mode})"
-    return Search(max_drop, sensitivity.metric, sensitivity.samples, device, reached, best,
+    return Search(max_drop, sensitivity.metric, len(judge.samples), device, reached, best,
                   tuple(tries.found.values()), gains)
 
 

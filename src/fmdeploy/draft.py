@@ -169,7 +169,10 @@ def _locked(scratch: Path, out: Path) -> Iterator[None]:
 
 def _lock(scratch: Path, out: Path) -> int | None:
     """Lock the scratch folder; None when it was renamed or removed meanwhile and the lock is on something else."""
-    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # the parents were made: a file system without folders of one's own, like /proc
+        raise ArtifactError("cannot be made there", where=out, fix="Choose another --out") from error
     try:
         handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

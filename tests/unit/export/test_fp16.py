@@ -62,6 +62,14 @@ def test_an_output_that_another_node_reads_too_is_made_once() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_two_outputs_of_one_node_are_both_given() -> None:
+    node = helper.make_node("Split", ["r"], ["a", "y"], "/s", axis=1, num_outputs=2)
+    model = graph_of([helper.make_node("Relu", ["x"], ["r"], "/r"), node], inputs={"x": (1, 8)},
+                     outputs={"a": (1, 4), "y": (1, 4)})
+    found = as_typed(half_precision(model), ROW)
+    assert np.allclose(np.concatenate([found["a"], found["y"]], 1), np.maximum(ROW["x"], 0), atol=1e-3)
+
+
 def test_a_cast_is_retyped_whatever_its_other_attributes() -> None:
     nodes = [helper.make_node("Cast", ["x"], ["i"], "/i", to=TensorProto.INT32),
              helper.make_node("Cast", ["i"], ["f"], "/f", saturate=1, to=TensorProto.FLOAT),
