@@ -43,6 +43,7 @@ class ExportConfig(StageConfig):
     seed: int = Field(0, ge=0, description="of the choice of calibration samples")
 
     def resolved(self) -> dict[str, Any]:
-        """Every value that decides the result: also the limits in the budgets file, and which compiler checks."""
+        """Every value that decides the result: also the limits in the budgets file, and whether a compiler checks."""
         limits = read_budgets(self.budgets).model_dump(mode="json") if self.budgets else None
-        return {**super().resolved(), "budgets": limits, "verify_tensorrt": wanted_version(self.verify_tensorrt)}
+        compiles = wanted_version(self.verify_tensorrt) is not None
+        return {**super().resolved(), "budgets": limits, "verify_tensorrt": compiles}

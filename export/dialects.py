@@ -52,8 +52,9 @@ class CpuSpelling:
 
 def spell_for_cpu(model: ModelProto, cpu: CpuKind, *, non_negative: Collection[str] = ()) -> CpuSpelling:
     """Spell a model in the TensorRT dialect for the kernels of `cpu`; arguments and errors as `cpu_dialect`."""
-    spelled = cpu_dialect(model, signed=cpu == "arm64", non_negative=non_negative)
-    narrowed = narrow_weights(spelled) if cpu == "x86-64-avx2" else ()
+    graph = _spell_pairs(model, signed=cpu == "arm64", non_negative=non_negative)
+    narrowed = narrow_weights(graph.model) if cpu == "x86-64-avx2" else ()
+    spelled = _finish(graph)  # an integer bias has the scale of its weights: those come first
     return CpuSpelling(spelled, saturating_layers(spelled), narrowed)
 
 
@@ -68,6 +69,11 @@ def cpu_dialect(model: ModelProto, *, signed: bool = False, non_negative: Collec
     Raises:
         ModelFileError: the model is in another dialect.
     """
+    return _finish(_spell_pairs(model, signed=signed, non_negative=non_negative))
+
+
+def _spell_pairs(model: ModelProto, *, signed: bool, non_negative: Collection[str]) -> Graph:
+    """A copy with moved zero points and stored weights."""
     copied = ModelProto()
     copied.CopyFrom(model)
     graph = Graph(copied)
@@ -79,10 +85,15 @@ def cpu_dialect(model: ModelProto, *, signed: bool = False, non_negative: Collec
             _move_zero_point(graph, node, signed=signed, non_negative=non_negative)
     graph.remove([node for node in graph.nodes(Q) if node.input[0] in graph.constants])
     _fold_transposes(graph)
+    return graph
+
+
+def _finish(graph: Graph) -> ModelProto:
+    """Spell the biases for the scales that the weights have now, and tidy up."""
     graph.refresh()
     _spell_biases(graph)
     graph.drop_unused()
-    return copied
+    return graph.model
 
 
 def require_symmetric(graph: Graph) -> None:
@@ -99,22 +110,33 @@ def require_symmetric(graph: Graph) -> None:
 
 
 def is_non_negative(graph: Graph, tensor: str, known: Collection[str]) -> bool:
-    """Whether the values of `tensor` can be proven not to be below 0."""
-    if tensor in known:
-        return True
+    """Whether the values of `tensor` can be proven not to be below 0, `known` being those of which it is known."""
+    todo, seen = [tensor], set(known)
+    while todo:  # each tensor once: sums of sums would be walked 2^n times
+        name = todo.pop()
+        if name not in seen:
+            operands = _operands_of_sign(graph, name)
+            if operands is None:
+                return False
+            seen.add(name)
+            todo += operands
+    return True
+
+
+def _operands_of_sign(graph: Graph, tensor: str) -> list[str] | None:
+    """The tensors that must not be below 0 for `tensor` not to be: none where it never is, None where it may be."""
     node = graph.maker.get(tensor)
     if node is None:
         constant = graph.constants.get(tensor)
-        return constant is not None and bool(np.all(constant >= 0))
+        return [] if constant is not None and bool(np.all(constant >= 0)) else None
     if node.op_type in NON_NEGATIVE:
-        return True
+        return []
     if node.op_type == "Clip":
         low = graph.constants.get(node.input[1]) if len(node.input) > 1 else None
-        return low is not None and float(low) >= 0
+        return [] if low is not None and float(low) >= 0 else None
     if node.op_type not in KEEPS_SIGN or (node.op_type == "Resize" and attribute(node, "mode") == b"cubic"):
-        return False
-    operands = node.input if node.op_type in ("Concat", "Add") else node.input[:1]
-    return all(is_non_negative(graph, name, known) for name in operands)
+        return None
+    return list(node.input) if node.op_type in ("Concat", "Add") else list(node.input[:1])
 
 
 def _move_zero_point(graph: Graph, node: NodeProto, *, signed: bool, non_negative: Collection[str]) -> None:

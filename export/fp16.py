@@ -149,6 +149,7 @@ def float_tensors(graph: Graph) -> frozenset[str]:
 def _rewrite(graph: Graph, typing: Typing) -> None:
     """Give every node its type: constants in its own, casts where a tensor is made in the other one."""
     made: dict[tuple[str, int], str] = {}
+    scales = {node.output[0]: node.input[1] for node in graph.nodes(DQ) if node.input[1] in graph.constants}
     nodes: list[NodeProto] = []
     for node in graph.model.graph.node:
         kind = typing.of(node)
@@ -157,7 +158,9 @@ def _rewrite(graph: Graph, typing: Typing) -> None:
             if name in graph.constants:
                 node.input[index] = _constant(graph, name, kind, scale=node.op_type in (Q, DQ) and index == 1)
             elif typing.of_tensor(name) != kind:
-                node.input[index] = _cast(nodes, made, name, kind)
+                again = name in scales and kind == SINGLE
+                node.input[index] = (_dequantize_again(nodes, made, graph.maker[name], scales[name]) if again
+                                     else _cast(nodes, made, name, kind))
         for index in typing.fixed_slots(node):
             if typing.of_tensor(node.input[index]) == HALF:
                 node.input[index] = _cast(nodes, made, node.input[index], SINGLE)
@@ -181,6 +184,20 @@ def _cast(nodes: list[NodeProto], made: dict[tuple[str, int], str], name: str, k
         made[name, kind] = f"{name}_{SUFFIX[kind]}"
         nodes.append(helper.make_node("Cast", [name], [made[name, kind]], f"{name}_to_{SUFFIX[kind]}", to=kind))
     return made[name, kind]
+
+
+def _dequantize_again(
+    nodes: list[NodeProto], made: dict[tuple[str, int], str], dequantize: NodeProto, scale: str
+) -> str:
+    """Give FP32 readers a DequantizeLinear of their own: behind a cast TensorRT would run them in float."""
+    name = dequantize.output[0]
+    if (name, SINGLE) not in made:
+        made[name, SINGLE] = f"{name}_{SUFFIX[SINGLE]}"
+        again = helper.make_node(DQ, [dequantize.input[0], scale, *dequantize.input[2:]], [made[name, SINGLE]],
+                                 f"{dequantize.name}_{SUFFIX[SINGLE]}")
+        again.attribute.extend(dequantize.attribute)
+        nodes.append(again)
+    return made[name, SINGLE]
 
 
 def _constant(graph: Graph, name: str, kind: int, *, scale: bool) -> str:

@@ -20,10 +20,10 @@ from fmdeploy.quantize.histogram import Histogram
 from fmdeploy.quantize.observe import Observation, observe
 from fmdeploy.quantize.placement import Placement
 from fmdeploy.quantize.ranges import Calibration, Candidate, Range
-from fmdeploy.quantize.samples import SPLIT, CalibrationSet, check_inputs, draw, input_statistics, pick, redraw
+from fmdeploy.quantize.samples import SPLIT, CalibrationSet, check_inputs, draw, input_statistics, redraw
 
 __all__ = ["SPLIT", "Calibration", "CalibrationSet", "Calibrator", "Range", "calibrate", "check_inputs", "draw",
-           "input_statistics", "pick", "redraw"]
+           "input_statistics", "redraw"]
 
 Functions = Mapping[str, Callable[[Histogram], float]]
 

@@ -41,7 +41,7 @@ class QuantizeConfig(TrainingConfig):
     validate_every: int = Field(25, ge=1, description="qat, qad: steps between looks at the validation split")
     patience: int = Field(4, ge=0, description="qat, qad: looks without a gain that end the training; 0 never does")
     steps: int = Field(200, ge=1, description="qat, qad: optimiser steps")
-    lr: float = Field(3e-4, gt=0, description="qat, qad: peak learning rate")
+    lr: float = Field(5e-4, gt=0, description="qat, qad: peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="qat, qad: AdamW decay of matrices and kernels")
     precision: Precision = Field("fp32", description="qat, qad: arithmetic of the fake-quantised network")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fmdeploy.errors import DataError
 from fmdeploy.quantize import modelopt
@@ -89,8 +89,11 @@ def fastest_way(model: nn.Module, calibration_set: CalibrationSet, input_names: 
     """The fastest way in which two samples in one batch give what each gives alone.
 
     A network that was traced with one sample may know its batch size by heart, one that calls `view` may refuse
-    channels-last.
+    channels-last. One that could not be traced may branch on its values: two samples cannot show what a batch of
+    others takes it to, so that it sees one sample at a time.
     """
+    if not isinstance(model, fx.GraphModule):
+        return Way()
     pair = calibration_set.take(calibration_set.scattered()[:2])
     alone = [torch.cat(rows) for rows in zip(*run(model, pair, input_names, Way()), strict=True)]
     for channels_last in (True, False):

@@ -50,11 +50,12 @@ def place(gm: fx.GraphModule, request: Request = Request(), held: Mapping[str, s
     """
     roles = roles_of(gm)
     names = layer_names(gm, roles)
-    wanted = _Wanted(_wishes(request, names, roles), held, "" if request.table is None else f"{request.table.where}, ")
+    where = "" if request.table is None else f"{request.table.where}, "
+    wanted = _Wanted(_wishes(request, names, roles), held, where, request.keep_float)
     last = heads(roles)
     floats = _float_layers(gm, names, set() if request.quantise_heads else last, wanted)
     layers = {node for node, its_role in roles.items() if its_role is Role.WEIGHTED and node not in floats}
-    adds, other_sums = _sums(gm, roles, layers, wanted)
+    adds, other_sums = _sums(gm, roles, layers, names, wanted)
     floats |= other_sums
     kept = {node for node in floats if is_sum(node) or (node not in last and not _impossible(gm, node))}
     tensors = quantised_tensors(gm, roles, layers, layers - last, adds, kept)
@@ -70,11 +71,19 @@ def place(gm: fx.GraphModule, request: Request = Request(), held: Mapping[str, s
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the user and the outlier probe want: name → (precision, why), name → why, and the file for messages."""
+    """What the user and the outlier probe want.
+
+    Attributes:
+        wishes: Name → (precision, why), of the user.
+        held: Name → why, of the probe.
+        where: The placement file, for messages.
+        kept: Names of `keep_float`, which goes before the file.
+    """
 
     wishes: Mapping[str, tuple[str, str]]
     held: Mapping[str, str]
     where: str
+    kept: tuple[str, ...]
 
     def refuse(self, name: str, why: str) -> None:
         """Raise where INT8 was asked for although `why` forbids it."""
@@ -148,11 +157,12 @@ def _impossible(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _sums(
-    gm: fx.GraphModule, roles: Roles, layers: set[fx.Node], wanted: _Wanted
+    gm: fx.GraphModule, roles: Roles, layers: set[fx.Node], names: Mapping[fx.Node, str], wanted: _Wanted
 ) -> tuple[set[fx.Node], dict[fx.Node, str]]:
     """The sums that are quantised, and every other sum of two tensors with its reason."""
     adds: set[fx.Node] = set()
     floats: dict[fx.Node, str] = {}
+    lost = {node for node, name in names.items() if name in wanted.kept}  # and the sums that only these could feed
     odd, normed = odd_sums(gm, roles), normalised_streams(gm, roles)
     for node in roles:  # in topological order, so a sum of a sum sees the first one decided
         if roles[node] is not Role.ADD and node not in odd:
@@ -160,8 +170,10 @@ def _sums(
         feeding = {kernel(roles, source) for source in sources(node)}
         wish, reason = wanted.wishes.get(node.name, ("", ""))
         why = odd.get(node) or (None if feeding & (layers | adds) else "no INT8 layer feeds it")
-        if why is not None:
+        if why is not None and (node in odd or not feeding & lost):
             wanted.refuse(node.name, why)
+        elif why is not None:
+            lost.add(node)
         if wish == "float":
             why = reason
         elif not wish and node in normed and node not in odd:

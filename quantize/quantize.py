@@ -162,7 +162,7 @@ def _metrics(
         "mode": config.mode,
         **after,
         "student": before,
-        "drop": relative_drop(before, after, task.metrics()[0].name),
+        "drop": relative_drop(before, after, task.metrics()[0]),
         "sqnr_db": {name: finite_db(sqnr_db(wanted[name], found[name])) for name in wanted},
         "layer_sqnr_db": layer_sqnr(quantised.module, quantised.placement, calibration_set, names),
         **_summary(quantised),

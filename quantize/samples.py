@@ -82,23 +82,6 @@ def draw(task: Task, data: Dataset, *, count: int, seed: int, split: str = SPLIT
     return _load(samples, [samples.ids[k] for k in chosen], task.io, data, seed)
 
 
-def pick(task: Task, data: Dataset, ids: Sequence[str]) -> CalibrationSet:
-    """Load the samples `ids` of the training split, for those who choose them by hand.
-
-    Raises:
-        DataError: an id belongs to a held-out split, or to none, or the samples cannot calibrate anything.
-    """
-    samples = task.samples(data, SPLIT)
-    if unknown := sorted(set(ids) - set(samples.ids)):
-        for split in HELD_OUT:
-            if data.splits.get(split) and unknown[0] in task.samples(data, split).ids:
-                raise DataError("calibration sample overlaps evaluation", where=unknown[0], expected=SPLIT, found=split)
-        raise DataError("is no sample of the training split", where=unknown[0], found=data.artifact.root)
-    if len(set(ids)) == 0:
-        raise DataError("there are no calibration samples", expected="at least one", found=0)
-    return _load(samples, sorted(set(ids)), task.io, data, 0)
-
-
 def redraw(task: Task, data: Dataset, calibration: Calibration) -> CalibrationSet:
     """Load the very samples that a stored calibration was made with.
 

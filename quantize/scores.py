@@ -87,10 +87,14 @@ def metric_values(evaluation: Evaluation, metrics: tuple[Metric, ...]) -> Values
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def relative_drop(reference: dict[str, Values], candidate: dict[str, Values], metric: str) -> dict[str, Any]:
-    """(reference − candidate) / reference of one metric on each split; null where it is undefined."""
+def relative_drop(reference: dict[str, Values], candidate: dict[str, Values], metric: Metric) -> dict[str, Any]:
+    """How much worse `candidate` is, relative to `reference`, on each split: negative where it is better.
+
+    Null where it is undefined.
+    """
+    sign = 1.0 if metric.higher_is_better else -1.0
     drops: dict[str, Any] = {}
     for split in candidate:
-        before, after = reference.get(split, {}).get(metric), candidate[split].get(metric)
-        drops[split] = None if not before or after is None else (before - after) / before
+        before, after = reference.get(split, {}).get(metric.name), candidate[split].get(metric.name)
+        drops[split] = None if not before or after is None else sign * (before - after) / before
     return drops

@@ -49,8 +49,9 @@ def smooth(
     if not 0 <= alpha <= 1:
         raise ConfigError("cannot share the difficulty", where="smooth", expected="alpha from 0 to 1", found=alpha)
     calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    owners = Counter(id(part) for module in graph.modules() for part in module.parameters(recurse=False))
     norms = [node for node in graph.graph.nodes if isinstance(module_of(graph, node), nn.LayerNorm)]
-    refusals = {node: _refusal(graph, node, calls) for node in norms}
+    refusals = {node: _refusal(graph, node, calls, owners) for node in norms}
     seen = _channels(graph, [str(node.target) for node in norms if not refusals[node]], calibration_set, names)
     rows = []
     for node in norms:
@@ -61,8 +62,15 @@ def smooth(
     return tuple(rows)
 
 
-def _refusal(graph: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> str:
-    """Why this LayerNorm cannot be smoothed; empty where it can."""
+def _refusal(graph: fx.GraphModule, node: fx.Node, calls: Counter[str], owners: Counter[int]) -> str:
+    """Why this LayerNorm cannot be smoothed; empty where it can.
+
+    Args:
+        graph: from `trace.float_graph`.
+        node: calls the LayerNorm.
+        calls: module → how many nodes call it.
+        owners: id of a parameter → how many modules hold it.
+    """
     norm: Any = module_of(graph, node)
     readers = [module_of(graph, user) for user in node.users]
     if not norm.elementwise_affine or len(norm.normalized_shape) != 1:
@@ -71,6 +79,8 @@ def _refusal(graph: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> str:
         return "something other than a Linear reads it"
     if max(calls[str(each.target)] for each in (node, *node.users)) > 1:
         return "is called, or read by a layer that is called, more than once"
+    if any(owners[id(part)] > 1 for module in (norm, *readers) if module for part in module.parameters()):
+        return "shares a parameter with another layer, or is read by one that does"
     return ""
 
 

@@ -124,7 +124,7 @@ def _called(module: nn.Module, example: tuple[Tensor, ...]) -> list[Work]:
 
 def _layer(name: str, layer: nn.Module, x: tuple[int, ...], y: tuple[int, ...]) -> Work:
     weight = layer.get_parameter("weight")
-    grouped = isinstance(layer, CONV_MODULES) and layer.groups > 1
+    grouped = isinstance(layer, CONV_MODULES) and layer.groups == layer.in_channels > 1
     kind = "gemm" if isinstance(layer, nn.Linear) else "depthwise" if grouped else "conv"
     # Every position of the result is one product with all of the kernel; a transposed one starts from its input's.
     positions = prod((x if isinstance(layer, TRANSPOSED_MODULES) else y)[1:]) // weight.shape[0]

@@ -95,11 +95,12 @@ def add_pair(graph: Graph, tensor: str, scale: float, readers: list[NodeProto]) 
 
 def _origin(graph: Graph, tensor: str) -> str:
     """The tensor that was quantised, seen through a DQ: a Q that reads a DQ quantises the same tensor again."""
-    node = graph.maker.get(tensor)
-    if node is None or node.op_type != DQ:
-        return tensor
-    quantize = graph.maker.get(node.input[0])
-    return _origin(graph, quantize.input[0]) if quantize is not None and quantize.op_type == Q else tensor
+    while (node := graph.maker.get(tensor)) is not None and node.op_type == DQ:
+        quantize = graph.maker.get(node.input[0])
+        if quantize is None or quantize.op_type != Q:
+            break
+        tensor = quantize.input[0]
+    return tensor
 
 
 def _checked_grid(graph: Graph, node: NodeProto) -> Grid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from fmdeploy.errors import ModelFileError
 from fmdeploy.onnxfile.graph import Array, Graph, attribute
@@ -80,7 +80,7 @@ def grid_of(graph: Graph, node: NodeProto) -> Grid:
 def _kind_without_zero(graph: Graph, node: NodeProto) -> np.dtype[np.generic]:
     """ONNX: without a zero point a Q gives output_dtype, else uint8; a DQ takes what its input is."""
     if node.op_type == "QuantizeLinear":
-        return np.dtype(np.int8 if attribute(node, "output_dtype", 0) == TensorProto.INT8 else np.uint8)
+        return np.dtype(helper.tensor_dtype_to_np_dtype(attribute(node, "output_dtype", 0) or TensorProto.UINT8))
     stored = graph.constants.get(node.input[0])
     if stored is not None:
         kind: np.dtype[np.generic] = stored.dtype

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, ValueInfoProto, helper
 
-from fmdeploy.arrays import Arrays
+from fmdeploy.arrays import Array, Arrays
 from fmdeploy.errors import DataError
 
 MAX_BYTES = 8 * 2**30  # of all arrays, as declared: an .npz of 261 kB can unpack to 256 MiB
@@ -74,18 +74,30 @@ def _fitted(arrays: Arrays, model: ModelProto, path: Path) -> Arrays:
     found: Arrays = {}
     for value in _inputs(model):
         array, dims = arrays[value.name], _dims(value)
-        if array.ndim != len(dims) or any(d and d != s for d, s in zip(dims[1:], array.shape[1:], strict=True)):
+        fits = bool(dims) and array.ndim == len(dims)
+        if not fits or any(d and d != s for d, s in zip(dims[1:], array.shape[1:], strict=True)):
             raise DataError("does not fit the model", where=f"{path}, {value.name!r}",
                             expected=["N", *(d or "any" for d in dims[1:])], found=list(array.shape))
         if len(array) < max(dims[:1] or [1], default=1) or not len(array):
             raise DataError("holds no sample", where=f"{path}, {value.name!r}", found=len(array))
-        kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        if array.dtype.kind not in "fiub" or (array.dtype.kind == "f" and not np.isfinite(array).all()):
-            raise DataError("holds NaN, infinity or no numbers", where=f"{path}, {value.name!r}", found=array.dtype)
-        found[value.name] = array.astype(kind)
+        found[value.name] = _typed(array, value, f"{path}, {value.name!r}")
     lengths = {name: len(array) for name, array in found.items()}
     if len(set(lengths.values())) > 1:
         raise DataError("holds another number of samples for each input", where=path, found=lengths)
     if all(array.size == 0 or array.min() == array.max() for array in found.values()):
         raise DataError("says nothing about ranges: every value is the same", where=path)
     return found
+
+
+def _typed(array: Array, value: ValueInfoProto, where: str) -> Array:
+    """The array in the type of its input, which must hold its values: 300 is 44 in uint8, 1e300 infinity in float32."""
+    if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+        raise DataError("holds NaN, infinity or no numbers", where=where, found=array.dtype)
+    kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    with np.errstate(all="ignore"):
+        typed = array.astype(kind)
+        same = np.isfinite(typed.astype(np.float64)) if typed.dtype.kind not in "iub" else typed == array
+    if not same.all():
+        raise DataError("holds values that the type of the input does not", where=where, expected=np.dtype(kind),
+                        found=array[~same].ravel()[0])
+    return typed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import NodeProto, TensorProto, ValueInfoProto
 
 from fmdeploy.onnxfile.graph import Graph
 from fmdeploy.onnxfile.header import opset_of
@@ -110,8 +110,3 @@ class Rule:
         if effect is None:
             return None
         return "error" if effect in ("refused", "wrong") else "info" if effect == "note" else "warning"
-
-
-def as_model(subject: ModelProto | Subject) -> Subject:
-    """The subject of a model."""
-    return subject if isinstance(subject, Subject) else Subject(subject)

@@ -13,20 +13,24 @@ from fmdeploy.onnxfile.graph import DQ, Q, attribute
 LAYERS = ("Conv", "Gemm", "MatMul")
 SUMS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add")
 CLIPS = ("Relu", "Clip")
-
-
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "MaxPool", "Flatten", "Slice")
 
 
 def dequantized(subject: Subject, name: str) -> NodeProto | None:
     """The DQ behind a tensor, seen through what only moves numbers; of a Concat, that of its first operand."""
-    node = subject.made_by(name)
-    while node is not None and node.op_type in MOVES:
-        node = subject.made_by(node.input[0])
-    if node is not None and node.op_type == "Concat":
-        found = [dequantized(subject, operand) for operand in node.input]
-        return found[0] if all(one is not None for one in found) else None
-    return node if node is not None and node.op_type == DQ else None
+    found: list[NodeProto] = []
+    todo, seen = [name], set()
+    while todo:  # each tensor once: a Concat of Concats would be walked 2^n times
+        at = todo.pop()
+        node = subject.made_by(at, DQ, "Concat", *MOVES)
+        if node is None:
+            return None
+        if at not in seen and node.op_type == DQ:
+            found.append(node)
+        elif at not in seen:
+            todo += reversed(node.input if node.op_type == "Concat" else node.input[:1])
+        seen.add(at)
+    return found[0] if found else None
 
 
 def quantised_layers(subject: Subject) -> Iterator[NodeProto]:

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,10 +97,17 @@ def build_command(name: str, verb: Verb) -> click.Command:
 
 
 def load_stage(target: str) -> Any:
-    """Import a stage; a package that is not installed is the user's to install, not a bug."""
+    """Import a stage."""
     module, _, attribute = target.partition(":")
-    try:
+    with naming_what_to_install():
         return getattr(importlib.import_module(module), attribute)
+
+
+@contextmanager
+def naming_what_to_install() -> Iterator[None]:
+    """Turn the import error of a package that an extra installs into one line: it is the user's to install, no bug."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         from fmdeploy.optional import EXTRA_OF, require
 
@@ -115,7 +124,8 @@ def run_stage(stage: Any, config_file: Path | None, as_json: bool, flags: dict[s
 
     given = {key: value for key, value in flags.items() if value is not None and value != ()}
     config = load_config(stage.config, given, file=config_file)
-    outcome = outcome_of(stage.run(config))
+    with naming_what_to_install():  # a stage imports late what only some of its ways need
+        outcome = outcome_of(stage.run(config))
     if int(os.environ.get("RANK", "0")) == 0:
         show(json.dumps(outcome.data, sort_keys=True) if as_json else "\n".join(outcome.lines))
     sys.exit(outcome.exit_code)

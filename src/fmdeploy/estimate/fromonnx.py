@@ -172,14 +172,13 @@ class _Reader:
         return group.kind in INT8_KINDS and bool(outside) and all(self._dequantised(name) for name in outside)
 
     def _dequantised(self, tensor: str) -> bool:
-        """Whether `tensor` comes from a DequantizeLinear, through views."""
+        """Whether `tensor` comes from a DequantizeLinear, through views; a weight also through its transposition."""
         node = self.graph.maker.get(tensor)
         while node is not None and node.op_type != DQ:
-            if kind_of(node, self.sizes, self.weights) != "view" and not (
-                    self.fusion.is_view(node)):
+            turned = node.op_type == "Transpose" and node.output[0] in self.weights
+            if not turned and not self.fusion.is_view(node):
                 return False
-            tensor = node.input[0]
-            node = self.graph.maker.get(tensor)
+            node = self.graph.maker.get(node.input[0])
         return node is not None
 
     def _small(self, group: Group, reads: dict[str, int], writes: dict[str, int]) -> int:

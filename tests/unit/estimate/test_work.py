@@ -16,7 +16,8 @@ from fmdeploy.estimate.networks.catalogue import NETWORKS, network
 from fmdeploy.estimate.networks.resnet import resnet
 from fmdeploy.estimate.networks.sketch import Sketch
 from fmdeploy.estimate.networks.vit import vit
-from fmdeploy.onnxfile.graph import DQ, Q
+from fmdeploy.onnxfile.graph import DQ, Array, Q
+from support.onnxgraphs import graph_of
 
 # Parameters (10⁶) and multiply-adds (10⁹) as published: torchvision's and timm's tables, the YOLO model cards (GFLOPs / 2).
 PUBLISHED = {
@@ -92,6 +93,20 @@ def test_a_layer_without_pairs_stays_float() -> None:
     third = [node.name for node in model.graph.node if node.op_type == "Conv"][2]
     rows = work_of(with_pairs(model, skip={third})).rows
     assert {row.name for row in rows if row.kind == "conv" and row.precision("int8") == "fp16"} == {third}
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_a_weight_may_be_transposed_behind_its_pair(quantised: bool) -> None:
+    """That is how torch exports a quantised Linear."""
+    constants: dict[str, Array] = {"w": np.ones((8, 4), np.float32), "s": np.array(0.1, np.float32),
+                                   "z": np.array(0, np.int8)}
+    pairs = [helper.make_node(op, [source, "s", "z"], [target]) for op, source, target in (
+        (Q, "x", "xq"), (DQ, "xq", "xd"), (Q, "w", "wq"), (DQ, "wq", "wd"))]
+    nodes = [*pairs, helper.make_node("Transpose", ["wd" if quantised else "w"], ["wt"]),
+             helper.make_node("MatMul", ["xd", "wt"], ["y"], "/fc")]
+    model = graph_of(nodes, inputs={"x": (1, 4)}, outputs={"y": (1, 8)}, constants=constants)
+    (row,) = (row for row in work_of(model).rows if row.kind == "gemm")
+    assert row.int8 is quantised
 
 
 def test_int8_activations_are_those_that_only_int8_readers_see() -> None:

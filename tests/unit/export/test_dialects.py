@@ -148,6 +148,14 @@ def test_non_negative_is_proven_not_guessed() -> None:
     assert not is_non_negative(_tiny(helper.make_node("Clip", ["x"], ["y"])), "y", ())
 
 
+def test_sums_of_sums_are_walked_once_each_and_however_deep() -> None:
+    """2^2000 paths lead from the last sum to the first."""
+    sums = [helper.make_node("Add", [f"a{k}", f"a{k}"], [f"a{k + 1}"]) for k in range(2000)]
+    graph = _tiny(helper.make_node("Relu", ["x"], ["a0"]), *sums)
+    assert is_non_negative(graph, "a2000", ())
+    assert not is_non_negative(_tiny(helper.make_node("Neg", ["x"], ["a0"]), *sums), "a2000", ())
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), per_channel=st.booleans(), spread=st.sampled_from([0.01, 1.0, 100.0]))
 def test_folded_weights_equal_what_onnxruntime_would_quantise(seed: int, per_channel: bool, spread: float) -> None:
@@ -246,6 +254,25 @@ def test_cpu_kinds_of_one_model() -> None:
     ratio = min(sqnr_db(wanted[name], found[name]) for name in wanted)
     print(f"7-bit weights: {ratio:.1f} dB")
     assert 20 < ratio < 60
+
+
+def test_the_bias_of_a_narrowed_product_keeps_its_value() -> None:
+    """ONNX Runtime takes the scale of an INT32 bias from the factors, whatever its DequantizeLinear says."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 1, (4, 8)).astype(np.float32)
+    nodes = [helper.make_node(Q, ["x", "sx", "zx"], ["xq"]), helper.make_node(DQ, ["xq", "sx", "zx"], ["xd"]),
+             helper.make_node(Q, ["w", "sw", "zw"], ["wq"], axis=0), helper.make_node(DQ, ["wq", "sw", "zw"], ["wd"], axis=0),
+             helper.make_node("Gemm", ["xd", "wd", "b"], ["y"], name="product", transB=1)]
+    model = file_of(nodes, {
+        "sx": np.array(0.02, np.float32), "zx": np.array(0, np.int8), "w": weight,
+        "sw": np.abs(weight).max(1) / np.float32(127),
+        "zw": np.zeros(4, np.int8), "b": np.array([10, -20, 30, -40], np.float32)}, {"x": (1, 8)}, {"y": (1, 4)})
+    spelled = spell_for_cpu(model, "x86-64-avx2")
+    assert spelled.narrowed == ("product",)
+    feeds = {"x": rng.normal(0, 0.5, (1, 8)).astype(np.float32)}
+    wanted = run_model(model.SerializeToString(), feeds, optimise=False)["y"]
+    found = run_model(spelled.model.SerializeToString(), feeds)["y"]
+    assert np.abs(found - wanted).max() < 0.1
 
 
 def test_a_saturating_file_is_not_measured_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,10 @@ from fmdeploy.cli import main
 from fmdeploy.errors import ModelFileError
 from fmdeploy.export.branches import drop_branch_pairs
 from fmdeploy.export.dialects import cpu_dialect
-from fmdeploy.export.lint.finding import Finding, Target
+from fmdeploy.export.lint.finding import Finding, Subject, Target
 from fmdeploy.export.lint.lint import lint_file, lint_model
 from fmdeploy.export.lint.operators import UNKNOWN_TO_TENSORRT
+from fmdeploy.export.lint.pairs import dequantized
 from fmdeploy.export.lint.rules import RULES, as_markdown
 from fmdeploy.export.tensorrt.builder import Options, build_engine
 from fmdeploy.onnxfile.graph import DQ, Q
@@ -298,6 +299,19 @@ def test_list_of_unknown_operators_is_the_parsers() -> None:
     parser = trt.OnnxParser(builder.create_network(0), logger)
     names = {schema.name for schema in defs.get_all_schemas() if schema.domain == ""}
     assert {name for name in names if not parser.supports_operator(name)} == UNKNOWN_TO_TENSORRT & names
+
+
+def test_concatenations_of_concatenations_are_walked_once_each() -> None:
+    """2^25 paths lead from the last one to the pair."""
+    nested = tuple(helper.make_node("Concat", [f"c{k}", f"c{k}"], [f"c{k + 1}"], axis=1) for k in range(25))
+    pair = (helper.make_node(Q, ["x", "s", "z"], ["q"]), helper.make_node(DQ, ["q", "s", "z"], ["c0"], name="dq"))
+    constants: dict[str, Any] = {"s": np.ones((), np.float32), "z": np.zeros((), np.int8)}
+    model = file_of([*pair, *nested], constants, {"x": (1, 1)}, {"c25": (1, 2**25)})
+    found = dequantized(Subject(model), "c25")
+    assert found is not None
+    assert found.name == "dq"
+    model.graph.node[-1].input[1] = "x"
+    assert dequantized(Subject(model), "c25") is None, "one operand has no pair"
 
 
 def test_unusable_file_is_an_error_of_its_own(tmp_path: Path) -> None:

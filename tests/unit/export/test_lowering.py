@@ -215,11 +215,20 @@ def _unknown_to_tensorrt() -> ModelProto:
     return model
 
 
+def _said_16_bits() -> ModelProto:
+    model = conv_file(opset=21, ir=10)
+    for node in model.graph.node[:2]:
+        del node.input[2:]
+    model.graph.node[0].attribute.append(helper.make_attribute("output_dtype", TensorProto.INT16))
+    return model
+
+
 REFUSED = {
     "levels": (_levels_read_elsewhere, "node 'q' (QuantizeLinear): has its 8-bit levels read by MaxPool"),
     "other scale": (_other_scale, "node 'dq' (DequantizeLinear): reads levels with another scale"),
     "computed": (_computed_scale, "computes its scale or zero point at run time"),
     "16 bits": (lambda: conv_file(zero=np.int16(0), opset=21, ir=10), "expected int8 or uint8, found int16"),
+    "16 bits by attribute": (_said_16_bits, "expected int8 or uint8, found int16"),
     "int8 input": (_int8_input, "node 'n' (DequantizeLinear): reads 8-bit values that no QuantizeLinear made"),
     "int8 output": (_int8_output, "node 'n' (QuantizeLinear): hands 8-bit levels out"),
     "nothing": (lambda: one_node("Relu"), "holds no QuantizeLinear"),
@@ -265,7 +274,7 @@ def test_output_folder_is_never_an_artifact_and_files_are_replaced_together(tmp_
     ({"y": NOISE}, "holds nothing for the input 'x'"), ({"x": NOISE[0]}, "does not fit the model"),
     ({"x": NOISE[:0]}, "holds no sample"), ({"x": np.full((2, 3, 8, 8), np.nan, np.float32)}, "NaN"),
     ({"x": np.zeros((2, 3, 8, 8), np.float32)}, "every value is the same"), ({"x": NOISE[:, :2]}, "expected ['N', 3, 8, 8]"),
-    ({"x": np.array(["a"])}, "does not fit"),
+    ({"x": np.array(["a"])}, "does not fit"), ({"x": np.float64(NOISE) * 1e300}, "the type of the input does not"),
 ])
 def test_calibration_data_is_checked(arrays: dict[str, Any], said: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "c.npz", **arrays)

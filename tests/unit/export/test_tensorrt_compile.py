@@ -67,6 +67,18 @@ def test_one_pair_removed_is_exactly_one_float_convolution(slot: int, tmp_path: 
 
 
 @needs_compiler
+@pytest.mark.parametrize("kept", ["/conv0/Conv", "/conv1/Conv"])
+def test_a_kept_convolution_beside_a_half_one_stays_int8(kept: str, tmp_path: Path) -> None:
+    """Both read one pair: each gets a DequantizeLinear of its own type, for a cast in between is a float kernel."""
+    model = quantised_convs(2)
+    first, second = (node for node in model.graph.node if node.op_type == "Conv")
+    second.input[0] = first.input[0]
+    model.graph.node.append(helper.make_node("Add", [first.output[0], second.output[0]], ["sum"], "/add"))
+    model.graph.output[0].name = "sum"
+    assert check(half_precision(model, keep={kept}), tmp_path, require_int8=CONVS[:2]).counts == {"INT8": 2}
+
+
+@needs_compiler
 def test_the_parser_rejects_what_jetson_would_reject(tmp_path: Path) -> None:
     model = quantised_convs(1, per_channel=False)
     for tensor in model.graph.initializer:

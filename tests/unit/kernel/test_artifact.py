@@ -200,6 +200,11 @@ def test_a_failing_stage_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_takes_no_folders_is_one_typed_line() -> None:
+    with pytest.raises(ArtifactError, match=r"/proc/a: cannot be made there\. Choose another --out"):
+        make(Path("/proc/a"), {"x": b"1"})
+
+
 def test_work_files_and_dot_files_are_dropped(tmp_path: Path) -> None:
     def build(draft: Draft) -> None:
         draft.write_text("work/checkpoint", "1")

@@ -192,7 +192,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("argv", [("distill", "--help"), ("teacher", "train", "--data", "x"), ("export", "--out", "x")])
+@pytest.mark.parametrize("argv", [("distill", "--help"), ("teacher", "train", "--data", "x"), ("export", "--model", "x")])
 def test_without_torch_a_training_stage_says_what_to_install(argv: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, "-c", BLOCKED, *argv], capture_output=True, text=True)
     assert done.returncode == 3

@@ -23,7 +23,7 @@ from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, calibrate
 from fmdeploy.quantize.calibrators import NAMES, Calibrator
 from fmdeploy.quantize.grid import STEPS
 from fmdeploy.quantize.ptq import ptq
-from fmdeploy.quantize.samples import check_inputs, draw, pick, refuse_overlap
+from fmdeploy.quantize.samples import check_inputs, draw
 from fmdeploy.task import Arrays, load_task
 from support.quantize_nets import Residual, image_net, io_of, samples_of
 
@@ -155,26 +155,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(out)
 
 
-def test_samples_picked_by_hand_must_be_of_the_training_split(data: Dataset) -> None:
-    training, test = TASK.samples(data, "train").ids, TASK.samples(data, "test").ids
-    assert pick(TASK, data, training[3:1:-1]).ids == tuple(sorted(training[2:4]))
-    with pytest.raises(DataError, match=f"{test[0]}: calibration sample overlaps evaluation.*expected train, found test"):
-        pick(TASK, data, [training[0], test[0]])
-    with pytest.raises(DataError, match="nowhere/7: is no sample of the training split"):
-        pick(TASK, data, ["nowhere/7"])
-    with pytest.raises(DataError, match="no calibration samples"):
-        pick(TASK, data, [])
-
-
 def test_own_arrays_that_overlap_evaluation_are_refused(data: Dataset) -> None:
     drawn = draw(TASK, data, count=8, seed=0)
-    refuse_overlap(drawn, TASK, data)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 10))
+
+    def made(samples: CalibrationSet) -> None:
+        ptq(net, TASK.io, samples, judged_on=(TASK, data))
+
+    made(drawn)
     held = TASK.samples(data, "test")
     with pytest.raises(DataError, match=f"{held.ids[0]}: calibration sample overlaps evaluation.*found test"):
-        refuse_overlap(replace(drawn, ids=(held.ids[0], *drawn.ids[1:])), TASK, data)
+        made(replace(drawn, ids=(held.ids[0], *drawn.ids[1:])))
     renamed = {"image": np.concatenate([drawn.inputs["image"][:7], held.batch(np.array([0]))[0]["image"]])}
     with pytest.raises(DataError, match=f"{drawn.ids[7]}: calibration sample holds the values of a held-out one"):
-        refuse_overlap(replace(drawn, inputs=renamed), TASK, data)
+        made(replace(drawn, inputs=renamed))
 
 
 def test_inputs_outside_their_range_are_refused_by_name_and_sample() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fmdeploy.quantize.observe import VALUES, Way, fastest_way, flat, run, spread
+from fmdeploy.quantize.ptq import ptq
 from support.quantize_nets import Residual, image_net, io_of, samples_of
 
 
@@ -45,6 +46,14 @@ class _Raises(nn.Module):
         return x_BCHW.flatten(1)
 
 
+def _traced(net: nn.Module) -> fx.GraphModule:
+    """A graph of one call."""
+    root, graph = nn.Module(), fx.Graph()
+    root.add_module("net", net)
+    graph.output(graph.call_module("net", (graph.placeholder("x_BCHW"),)))
+    return fx.GraphModule(root.eval(), graph)
+
+
 @pytest.mark.parametrize(("net", "batched", "channels_last"), [
     (Residual(), True, True), (_Views(), True, False), (_KnowsItsBatch(), False, False),
     (_MixesSamples(), False, False), (_Raises(), False, False),
@@ -53,11 +62,35 @@ def test_networks_are_run_in_the_fastest_way_that_changes_nothing(
     net: nn.Module, batched: bool, channels_last: bool
 ) -> None:
     samples = samples_of(io_of((3, 16, 16), outputs=((4,),)), 11)
-    way = fastest_way(net.eval(), samples, ["x0"])
+    net = _traced(net)
+    way = fastest_way(net, samples, ["x0"])
     assert (way.batch > 1, way.channels_last) == (batched, channels_last)
     found = torch.cat([rows for (rows,) in run(net, samples, ["x0"], way)])
     alone = torch.cat([rows for (rows,) in run(net, samples, ["x0"], Way())])
     assert torch.allclose(found, alone, rtol=1e-4, atol=1e-4 * float(alone.abs().max()))
+
+
+class _Branches(nn.Module):
+    """Another layer for dark images, which a batch of dark and light ones would hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.light, self.dark, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = self.dark(x_BCHW) if float(x_BCHW.mean()) < 0.1 else self.light(x_BCHW)
+        found: Tensor = self.head(torch.relu(y_BCHW).mean((2, 3)))
+        return found
+
+
+def test_a_network_that_branches_on_values_sees_one_sample_at_a_time() -> None:
+    io = io_of((3, 16, 16), outputs=((4,),))
+    samples = samples_of(io, 8)
+    samples.inputs["x0"][0] *= 0.1  # the example to trace with, and the only dark one
+    made = ptq(_Branches(), io, samples, calibrator="max")
+    assert made.placement.method == "modules"
+    assert set(made.calibration.ranges) == {"dark"}
+    assert made.calibration.ranges["dark"].high == samples.inputs["x0"][0].max()
 
 
 def test_batches_do_not_depend_on_the_order_of_the_samples() -> None:

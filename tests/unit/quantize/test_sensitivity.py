@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fmdeploy.models.outputs import predictor
 from fmdeploy.quantize.build import tracing_example
 from fmdeploy.quantize.groups import Switchboard
 from fmdeploy.quantize.placement import Request
+from fmdeploy.quantize.placementfile import read_placement, to_toml
 from fmdeploy.quantize.ptq import ptq
 from fmdeploy.quantize.search import Search, ranking, search
 from fmdeploy.quantize.sensitivity import Judge, Sensitivity, measure_sensitivity
@@ -117,6 +120,22 @@ def test_switching_a_layer_off_is_building_without_it(case: str) -> None:
             built = as_tuple(fresh.module(*inputs))
         assert all(torch.equal(a, b) for a, b in zip(switched, built, strict=True)), name
         assert board.quantised(rest) == {row.module for row in fresh.placement.weights} | set(fresh.placement.adds)
+
+
+@pytest.mark.parametrize("case", ["bev", "residual", "vit"])
+def test_a_file_that_wants_all_in_int8_does_not_stop_the_switching(case: str, tmp_path: Path) -> None:
+    """A sum whose layers are kept in float follows them, although the file says "int8" of it."""
+    net, io = NETS[case]()
+    path = tmp_path / "placement.toml"
+    path.write_text(to_toml(ptq(net, io, samples_of(io)).placement), encoding="utf-8")
+    request = Request(table=read_placement(path))
+    made = ptq(net, io, samples_of(io), request=request)
+    board = Switchboard.of(made.module, made.placement, net, tracing_example(io), request)
+    for name in board.names:
+        assert board.quantised((name,)) <= {name}
+        assert name not in board.quantised([other for other in board.names if other != name])
+    assert board.quantised(()) == set()
+    ptq(net, io, samples_of(io), request=replace(request, keep_float=board.names[:1]))
 
 
 def test_nothing_quantised_is_the_float_network_and_all_switches_return() -> None:

@@ -20,9 +20,10 @@ from fmdeploy.quantize.clip import clip
 from fmdeploy.quantize.grid import STEPS
 from fmdeploy.quantize.placement import Request
 from fmdeploy.quantize.policy import place
+from fmdeploy.quantize.ptq import ptq
 from fmdeploy.quantize.smooth import factors, smooth
 from fmdeploy.quantize.trace import float_graph
-from support.quantize_nets import SmallViT, image_net, io_of, samples_of
+from support.quantize_nets import Residual, SmallViT, image_net, io_of, samples_of
 
 
 class _Norms(nn.Module):
@@ -89,6 +90,37 @@ def test_what_cannot_be_smoothed_is_listed_with_its_reason() -> None:
     for alpha in (-0.1, 1.5):
         with pytest.raises(ConfigError, match="smooth.*alpha from 0 to 1"):
             smooth(graph, samples_of(io), ["x0"], alpha)
+
+
+class _Tied(nn.Module):
+    """Two Linear layers of one weight; a LayerNorm feeds the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second, self.end = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = torch.relu(self.first(self.norm(x_BND)))
+        found: Tensor = self.end(torch.relu(self.second(x_BND))).mean(1)
+        return found
+
+
+def test_a_weight_that_another_layer_uses_too_is_left_alone() -> None:
+    torch.manual_seed(0)
+    io = io_of((4, 8), outputs=((3,),), positive=False)
+    x = samples_of(io).tensors(["x0"])
+    graph = float_graph(_Tied(), x)
+    before = graph(*x)
+    rows = smooth(graph, samples_of(io), ["x0"], 0.5)
+    assert [row.skipped for row in rows] == ["shares a parameter with another layer, or is read by one that does"]
+    assert torch.equal(graph(*x), before)
+
+
+def test_smoothing_in_vain_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    net, io = image_net(Residual())
+    ptq(net, io, samples_of(io), smooth=0.5)
+    assert "smoothing changed nothing: there is no LayerNorm" in capsys.readouterr().err
 
 
 def test_order_of_samples_changes_no_factor() -> None:

@@ -84,11 +84,12 @@ def test_a_machine_without_a_gpu_or_without_cuda_is_missing_something() -> None:
         load_cuda(load=nothing, find_module=no_module)
     assert caught.value.exit_code == 3
 
-    def count(slot: Any) -> int:
-        return 35  # cudaErrorInsufficientDriver
+    def refused(code: int) -> None:
+        with pytest.raises(MissingError, match="no NVIDIA GPU"):
+            load_cuda(load=lambda name: SimpleNamespace(cudaGetDeviceCount=lambda slot: code), find_module=no_module)
 
-    with pytest.raises(MissingError, match="no NVIDIA GPU"):
-        load_cuda(load=lambda name: SimpleNamespace(cudaGetDeviceCount=count), find_module=no_module)
+    for code in (34, 35, 100):  # cudaErrorStubLibrary, InsufficientDriver, NoDevice
+        refused(code)
 
 
 def test_ctypes_and_cuda_bindings_are_called_alike() -> None:
