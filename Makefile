@@ -38,6 +38,12 @@ bench: demo
 	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/cached_step.py
 	$(BIN)/python benchmarks/int8_cpu.py --bundle $(OUT)/bundle
+	$(BIN)/python benchmarks/int8_networks.py
+	$(BIN)/python benchmarks/qat_step.py --threads 1
+	$(BIN)/python benchmarks/ptq_peers.py --demo $(OUT) --work $(OUT)/peers
+	$(BIN)/python benchmarks/qad_recovery.py --demo $(OUT)
+	$(BIN)/python benchmarks/estimate_orin.py
+	$(BIN)/python benchmarks/estimate_cpu.py
 	$(BIN)/python benchmarks/runtime_overhead.py --bundle $(OUT)/bundle
 	$(BIN)/python benchmarks/label_draws.py --demo $(OUT)
 

@@ -8,6 +8,10 @@ The batch size stays free.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,8 +64,20 @@ def _export(model: nn.Module, example: tuple[Tensor, ...]) -> fx.GraphModule:
     shapes = collection()
     for x in two:
         shapes[x] = {0: torch.export.Dim.DYNAMIC}
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         return torch.export.export(model, two, dynamic_shapes=shapes).module(check_guards=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export from printing its graphs where it fails: the error that it raises names the line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _plain_module(program: fx.GraphModule) -> fx.GraphModule:

@@ -14,7 +14,7 @@ What is trained is θ, with amax = amax₀ · exp(RATE · θ): in the logarithm 
 scales than for weights.
 """
 
-# B batch, C output channels, N elements that share a scale
+# B batch, C output channels, N elements that share a scale: of a weight's channel, or of one sample of an activation
 
 from __future__ import annotations
 
