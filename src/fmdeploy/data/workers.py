@@ -15,6 +15,7 @@ from typing import Any
 
 from fmdeploy.data.worker import Job, record_job
 from fmdeploy.errors import DataError, FmdeployError
+from fmdeploy.interrupt import hidden_from_children
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -56,9 +57,10 @@ def _processes(count: int) -> Iterator[list[subprocess.Popen[str]]]:
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     started: list[subprocess.Popen[str]] = []
     try:
-        for _ in range(count):
-            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                            env=environment))
+        with hidden_from_children():
+            for _ in range(count):
+                started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                                env=environment))
         yield started
     finally:
         for process in started:
