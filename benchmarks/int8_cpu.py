@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from fmdeploy.onnxfile.session import cpu_session
 from fmdeploy.quantize.calibrate import CalibrationSet
 from fmdeploy.quantize.ptq import ptq
 from fmdeploy.task import Arrays, load_task
+from support.ort_static import samples_reader
 
 SPEED_UP, AGAINST_STATIC = 2.5, 1.1
 WARM_UP = 20
@@ -85,21 +85,14 @@ def binary_grids(io: IOSpec, count: int) -> Arrays:
 
 def quantize_static(folder: Path, inputs: Arrays) -> None:
     """Write `static.onnx`: what ONNX Runtime's own tool makes of the FP32 file, in the form it documents as fastest."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
+    from onnxruntime.quantization import QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as quantize
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rows: Iterator[Arrays] = ({n: a[k : k + 1] for n, a in inputs.items()}
-                                           for k in range(len(next(iter(inputs.values())))))
-
-        def get_next(self) -> Arrays | None:
-            return next(self.rows, None)
-
     quant_pre_process(str(folder / file_name("fp32")), str(folder / "prepared.onnx"))
-    quantize(str(folder / "prepared.onnx"), str(folder / "static.onnx"), Reader(), quant_format=QuantFormat.QDQ,
-             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True)
+    quantize(str(folder / "prepared.onnx"), str(folder / "static.onnx"), samples_reader(inputs),
+             quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+             per_channel=True)
 
 
 def report(folder: Path, feeds: Arrays, runs: int) -> None:

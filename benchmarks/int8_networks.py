@@ -36,6 +36,7 @@ from fmdeploy.onnxfile.session import cpu_session
 from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.calibrate import CalibrationSet
 from fmdeploy.quantize.ptq import ptq
+from support.ort_static import samples_reader
 from support.quantize_nets import samples_of, settle
 
 NETWORKS: dict[str, type[nn.Module]] = {"resnet18": ResNet18, "vit-s": VitS16}
@@ -103,20 +104,13 @@ def plain_modelopt(net: nn.Module, io: IOSpec, samples: CalibrationSet, path: Pa
 
 def static(folder: Path, samples: CalibrationSet, name: str, ops: list[str] | None) -> None:
     """Write what `quantize_static` makes of the FP32 file, U8S8 with weights per channel."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rows = iter([{n: a[k : k + 1] for n, a in samples.inputs.items()} for k in range(len(samples))])
-
-        def get_next(self) -> Any:
-            return next(self.rows, None)
-
     quant_pre_process(str(folder / file_name("fp32")), str(folder / "prepared.onnx"))
-    quantize_static(str(folder / "prepared.onnx"), str(folder / name), Reader(), quant_format=QuantFormat.QDQ,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True,
-                    op_types_to_quantize=ops)
+    quantize_static(str(folder / "prepared.onnx"), str(folder / name), samples_reader(samples.inputs),
+                    quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                    per_channel=True, op_types_to_quantize=ops)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ import torch
 from peer_students import STUDENTS, student
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
 from fmdeploy.cpu import this_cpu
 from fmdeploy.evaluate.bootstrap import Interval, drop
 from fmdeploy.evaluate.evaluation import Evaluation, data_key, evaluate
@@ -51,6 +53,7 @@ from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.calibrate import CalibrationSet, Calibrator, draw
 from fmdeploy.quantize.ptq import ptq
 from fmdeploy.task import Arrays, Samples
+from support.ort_static import samples_reader
 
 MAX_DROP, MAX_POINTS, MAX_TIME = 0.005, 0.002, 1.2
 DEFAULT: Calibrator = "mse"
@@ -165,18 +168,12 @@ def own_file(case: Case) -> Predict:
 
 
 def ort_static(**options: Any) -> Tool:
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self, rows: list[Arrays]) -> None:
-            self.rows: Iterator[Arrays] = iter(rows)
-
-        def get_next(self) -> Arrays | None:
-            return next(self.rows, None)
+    from onnxruntime.quantization import quantize_static
 
     def quantise(case: Case) -> Predict:
         out = case.folder / "static.onnx"
-        quantize_static(str(case.folder / "prepared.onnx"), str(out), Reader(case.rows), **options)
+        reader = samples_reader(case.calibration_set.inputs)
+        quantize_static(str(case.folder / "prepared.onnx"), str(out), reader, **options)
         return ort_predictor(out.read_bytes(), case.io)
 
     return quantise

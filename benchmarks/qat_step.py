@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cached_step import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -42,7 +40,7 @@ from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Job, Run
 from support.training_data import write_scenes
 
-TARGET, WARM_UP = 1.2, 4
+TARGET = 1.2
 CONFIG = TrainingConfig.model_validate({"steps": 10**6, "batch": 16, "precision": "fp32", "channels_last": True})
 BASES = {"QAT": "supervised", "QAT imitating": "supervised", "QAD": "distilled", "QAD learned ranges": "distilled",
          "supervised again": "supervised", "distilled again": "distilled"}
@@ -105,17 +103,6 @@ def _ready(job: Job) -> Run:
     run = Run(job, CONFIG)
     run.model.train()
     return run
-
-
-def measure(runs: dict[str, Run], count: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Seconds of each step (count,), the arms taking turns."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for step in range(count + WARM_UP):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run.step(step, partial(run.job.batch, step, 0))
-            found[name].append(time.perf_counter() - started)
-    return {name: np.asarray(row[WARM_UP:]) for name, row in found.items()}
 
 
 def report(times: dict[str, np.ndarray[Any, Any]], threads: int, student: str) -> None:

@@ -26,7 +26,7 @@ from onnx import ModelProto, NodeProto, helper
 
 from fmdeploy.errors import ModelFileError
 from fmdeploy.export.isa import CpuKind, narrow_weights, saturating_layers
-from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, attribute
+from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, along, attribute
 
 NON_NEGATIVE = {"Relu", "Sigmoid", "Softmax", "Abs", "Exp", "HardSigmoid", "Softplus"}
 KEEPS_SIGN = {
@@ -155,10 +155,7 @@ def _move_zero_point(graph: Graph, node: NodeProto, *, signed: bool, non_negativ
 def quantised_weight(graph: Graph, node: NodeProto) -> Array:
     """Return the int8 values that a QuantizeLinear `node` gives for its constant input (ONNX: round half to even)."""
     weight, scale = graph.constants[node.input[0]], graph.constants[node.input[1]]
-    if scale.ndim:
-        shape = [1] * weight.ndim
-        shape[attribute(node, "axis", 1)] = -1
-        scale = scale.reshape(shape)
+    scale = along(scale, weight.ndim, attribute(node, "axis", 1))
     levels: Array = np.clip(np.rint(weight / scale), -128, 127).astype(np.int8)
     return levels
 

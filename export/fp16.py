@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from fmdeploy.errors import ModelFileError
 from fmdeploy.export.dialects import quantised_weight
-from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, attribute
+from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, along, attribute
 
 HALF, SINGLE = int(TensorProto.FLOAT16), int(TensorProto.FLOAT)
 SUFFIX = {HALF: "half", SINGLE: "single"}
@@ -138,9 +138,8 @@ def float_tensors(graph: Graph) -> frozenset[str]:
     Raises:
         ModelFileError: shape inference does not reach a tensor.
     """
-    known = onnx.shape_inference.infer_shapes(graph.model, data_prop=True).graph
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*known.value_info, *known.input, *known.output)}
-    kinds |= {tensor.name: tensor.data_type for tensor in known.initializer}
+    kinds = _elem_types(graph.model)
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.model.graph.initializer}
     if unknown := [name for node in graph.model.graph.node for name in node.output if name and not kinds.get(name)]:
         raise ModelFileError("the type of a tensor cannot be inferred", where=unknown[0])
     return frozenset(name for name, kind in kinds.items() if kind == SINGLE)
@@ -239,12 +238,8 @@ def _give_outputs(nodes: Sequence[NodeProto], outputs: Sequence[str], typing: Ty
 
 def _move_onto_grid(graph: Graph, node: NodeProto) -> None:
     """Replace a constant by its quantised values: then rounding it to FP16 (2^-11) never crosses half a level."""
-    scale = graph.constants[node.input[1]]
-    if scale.ndim:
-        shape = [1] * graph.constants[node.input[0]].ndim
-        shape[attribute(node, "axis", 1)] = -1
-        scale = scale.reshape(shape)
     levels = quantised_weight(graph, node).astype(np.float32)
+    scale = along(graph.constants[node.input[1]], levels.ndim, attribute(node, "axis", 1))
     node.input[0] = graph.set_constant(f"{node.input[0]}_grid", levels * scale)
 
 
@@ -278,5 +273,5 @@ def rounding_made_explicit(model: ModelProto) -> ModelProto:
 
 
 def _elem_types(model: ModelProto) -> dict[str, int]:
-    known = onnx.shape_inference.infer_shapes(model).graph
+    known = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     return {v.name: v.type.tensor_type.elem_type for v in (*known.value_info, *known.input, *known.output)}

@@ -12,7 +12,7 @@ from onnx import NodeProto, helper
 from fmdeploy.errors import ModelFileError
 from fmdeploy.export.foreign.changes import Log
 from fmdeploy.export.foreign.grid import Grid, cost_db, grid_of
-from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, attribute
+from fmdeploy.onnxfile.graph import DQ, Array, Graph, Q, along, attribute
 from fmdeploy.onnxfile.structure import label
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -44,19 +44,10 @@ def _fold_biases(graph: Graph) -> None:
             continue
         if scale is None:
             raise ModelFileError("computes its scale at run time", where=label(node), fix="Quantise statically")
-        value = stored.astype(np.float64) * _along(scale, stored.ndim, attribute(node, "axis", 1))
+        value = stored.astype(np.float64) * along(scale, stored.ndim, attribute(node, "axis", 1))
         graph.redirect(node.output[0], graph.set_constant(f"{node.output[0]}_float", value.astype(np.float32)))
         gone.append(node)
     graph.remove(gone)
-
-
-def _along(values: Array, rank: int, axis: int) -> Array:
-    """Shape per-channel values (C,) to broadcast along `axis` of a tensor of this rank."""
-    if values.size == 1:
-        return values.reshape(())
-    shape = [1] * rank
-    shape[axis if rank > 1 else 0] = -1
-    return values.reshape(shape)
 
 
 def _rewrite(graph: Graph, node: NodeProto, quantize: NodeProto | None, root: str, log: Log) -> None:
@@ -68,7 +59,7 @@ def _rewrite(graph: Graph, node: NodeProto, quantize: NodeProto | None, root: st
                              fix="Quantise it again")
     if not floats and quantize is not None:
         raise ModelFileError("quantises a constant that is no float", where=label(quantize), fix="Export it again")
-    scale, zero = (_along(v, stored.ndim, axis or 0) for v in (grid.scale, grid.zero))
+    scale, zero = (along(v, stored.ndim, axis or 0) for v in (grid.scale, grid.zero))
     levels = np.clip(np.rint(stored / scale) + zero, grid.lowest, grid.highest) if floats else stored
     exact = (levels.astype(np.float32) - zero) * scale
     wanted = _output_axis(graph, node, stored)

@@ -19,6 +19,7 @@ from fmdeploy.config import StageConfig
 from fmdeploy.draft import Draft, produce
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.manifest import Kind
+from support.ort_static import samples_reader
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 SCENES = 8
@@ -82,20 +83,12 @@ def fp32_model(size: int = 16, width: int = 8, seed: int = 0) -> bytes:
 @functools.cache
 def int8_model(size: int = 16, width: int = 8, seed: int = 0) -> bytes:
     """`fp32_model`, statically quantised to U8S8 by onnxruntime."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            batch = inputs(16, size, seed=100)
-            self.rows = iter([{name: array[i : i + 1] for name, array in batch.items()} for i in range(16)])
-
-        def get_next(self) -> Any:
-            return next(self.rows, None)
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
         source.write_bytes(fp32_model(size, width, seed))
-        quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        quantize_static(source, target, samples_reader(inputs(16, size, seed=100)), quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         return target.read_bytes()
 

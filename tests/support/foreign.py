@@ -22,6 +22,7 @@ from fmdeploy.export.variants import float_module
 from fmdeploy.iospec import IOSpec
 from fmdeploy.models.outputs import example_inputs
 from fmdeploy.quantize import modelopt
+from support.ort_static import samples_reader
 from support.quantize_nets import concat, image_net, residual, samples_of, vit
 
 SYMMETRIC = {"ActivationSymmetric": True}
@@ -111,16 +112,9 @@ def modelopt_file(name: str, folder: Path, *, opset: int = 17, fold: bool = True
 
 def ort_file(name: str, kind: str, folder: Path) -> Path:
     """What ONNX Runtime's quantize_static gives with the options `ORT[kind]`."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     _, _, data = net_of(name)
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rows: Iterator[Arrays] = ({n: a[k : k + 1] for n, a in data.items()} for k in range(8))
-
-        def get_next(self) -> Arrays | None:
-            return next(self.rows, None)
 
     options = dict(ORT[kind])
     for key, names in (("activation_type", QuantType), ("weight_type", QuantType), ("quant_format", QuantFormat)):
@@ -128,7 +122,7 @@ def ort_file(name: str, kind: str, folder: Path) -> Path:
             options[key] = getattr(names, options[key])
     path = folder / f"{name}-ort-{kind}.onnx"
     with _quiet():
-        quantize_static(str(float_file(name, folder)), str(path), Reader(), **options)
+        quantize_static(str(float_file(name, folder)), str(path), samples_reader({n: a[:8] for n, a in data.items()}), **options)
     return path
 
 

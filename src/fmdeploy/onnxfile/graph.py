@@ -112,6 +112,15 @@ class Graph:
         self.refresh()
 
 
+def along(values: Array, rank: int, axis: int) -> Array:
+    """Shape scales or zero points, one () or one a channel (C,), so that they broadcast along `axis`."""
+    if values.size == 1:
+        return values.reshape(())
+    shape = [1] * rank
+    shape[axis if rank > 1 else 0] = -1
+    return values.reshape(shape)
+
+
 def op_counts(model: ModelProto) -> Counter[str]:
     """Count nodes by type; types outside the ONNX domain carry it, as in "com.microsoft.QLinearAdd"."""
     return Counter(f"{n.domain}.{n.op_type}" if n.domain not in ("", "ai.onnx") else n.op_type
