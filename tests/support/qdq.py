@@ -72,3 +72,12 @@ def one_node(op_type: str, *inputs: str, constants: dict[str, Array] | None = No
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     return onnx.shape_inference.infer_shapes(model)
+
+
+def computed_scale() -> ModelProto:
+    """A convolution whose activation scale is computed at run time."""
+    model = conv_file()
+    model.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["computed"], name="range", keepdims=0))
+    for node in model.graph.node[1:3]:
+        node.input[1] = "computed"
+    return model

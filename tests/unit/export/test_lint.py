@@ -27,7 +27,7 @@ from fmdeploy.export.tensorrt.builder import Options, build_engine
 from fmdeploy.onnxfile.graph import DQ, Q
 from fmdeploy.runtime.tensorrt_api import load_api
 from support.onnxgraphs import quantised_convs
-from support.qdq import conv_file, file_of, one_node
+from support.qdq import computed_scale, conv_file, file_of, one_node
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 X = (1, 4, 8, 8)
@@ -74,14 +74,6 @@ def uint8_weights() -> ModelProto:
     del model.graph.node[2]
     model.graph.node[2].input[0] = "levels"
     model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 3, 3, 3), np.uint8), "levels"))
-    return model
-
-
-def computed_scale() -> ModelProto:
-    model = conv_file()
-    model.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["computed"], name="range", keepdims=0))
-    for node in model.graph.node[1:3]:
-        node.input[1] = "computed"
     return model
 
 

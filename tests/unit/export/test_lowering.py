@@ -19,7 +19,7 @@ from fmdeploy.export.foreign.samples import read_samples
 from fmdeploy.export.from_onnx import FILES, lower, lower_file
 from fmdeploy.onnxfile.graph import DQ, Graph, Q, op_counts
 from fmdeploy.onnxfile.session import run_model
-from support.qdq import conv_file, file_of, one_node
+from support.qdq import computed_scale, conv_file, file_of, one_node
 
 NOISE = np.random.default_rng(1).uniform(-2, 2, (8, 3, 8, 8)).astype(np.float32)
 X = (1, 3, 8, 8)
@@ -189,14 +189,6 @@ def _other_scale() -> ModelProto:
     return model
 
 
-def _computed_scale() -> ModelProto:
-    model = conv_file()
-    model.graph.node.insert(0, helper.make_node("ReduceMax", ["x"], ["computed"], name="range", keepdims=0))
-    for node in model.graph.node[1:3]:
-        node.input[1] = "computed"
-    return model
-
-
 def _int8_input() -> ModelProto:
     return one_node(DQ, "x", "s", constants={"s": np.asarray(np.float32(1))}, kind=TensorProto.INT8,
                     result=TensorProto.FLOAT)
@@ -226,7 +218,7 @@ def _said_16_bits() -> ModelProto:
 REFUSED = {
     "levels": (_levels_read_elsewhere, "node 'q' (QuantizeLinear): has its 8-bit levels read by MaxPool"),
     "other scale": (_other_scale, "node 'dq' (DequantizeLinear): reads levels with another scale"),
-    "computed": (_computed_scale, "computes its scale or zero point at run time"),
+    "computed": (computed_scale, "computes its scale or zero point at run time"),
     "16 bits": (lambda: conv_file(zero=np.int16(0), opset=21, ir=10), "expected int8 or uint8, found int16"),
     "16 bits by attribute": (_said_16_bits, "expected int8 or uint8, found int16"),
     "int8 input": (_int8_input, "node 'n' (DequantizeLinear): reads 8-bit values that no QuantizeLinear made"),
