@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fmdeploy.arrays import Arrays
 from fmdeploy.runtime import Runtime
-from fmdeploy.runtime.latency import golden_frames, measure_overhead
+from fmdeploy.runtime.measure.latency import golden_frames, measure_overhead
 from support.bundles import make_bundle
 
 TARGET_US = 50.0
@@ -64,10 +64,10 @@ def report(runtime: Runtime, runs: int) -> None:
 
 def guard_costs(runtime: Runtime, frames: list[Arrays], runs: int) -> dict[str, float]:
     """Median µs of every step of `infer` but the model, in order, each after a model run."""
-    guards, run = runtime._guards, runtime.backend.run
+    guards, run = runtime.inference.guards, runtime.backend.run
     values = guards.own(frames[0])
     feeds = guards.feeds(values)
-    results = dict(zip(runtime.backend.output_names, run(feeds), strict=True))
+    results = dict(zip((spec.name for spec in runtime.bundle.io.outputs), run(feeds), strict=True))
     steps: dict[str, Callable[[Arrays], object]] = {
         "structure": lambda frame: guards.structure(frame, None),
         "own": guards.own,

@@ -8,7 +8,7 @@
 
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import Frame, Reason
-from fmdeploy.runtime.guards import GuardConfig
+from fmdeploy.runtime.guards.content import GuardConfig
 from fmdeploy.runtime.session import Runtime
 
 __all__ = ["Bundle", "Frame", "GuardConfig", "Reason", "Runtime", "open_bundle"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -13,19 +14,40 @@ from fmdeploy.errors import FrameError
 class Reason(str, Enum):
     """Why a frame is not valid, or is worth a look."""
 
+    # What the guards see in the inputs
     NOT_FINITE = "NOT_FINITE"  # NaN or infinity in an input; INT8 would turn it into plausible numbers
     OUT_OF_RANGE = "OUT_OF_RANGE"  # outside the specification's value range
     LOW_INFORMATION = "LOW_INFORMATION"  # constant, black, white or single-coloured input
     FROZEN = "FROZEN"  # the same content again and again, with moving stamps
+    TORN = "TORN"  # half of one frame and half of the one before it
     UNUSUAL_INPUT = "UNUSUAL_INPUT"  # far from the calibration set's statistics; a warning
+    SENSOR_MISSING = "SENSOR_MISSING"  # a sensor is not there; a warning where the bundle declares and measures it
+    # What the stamps and the stream say
+    NO_INPUT = "NO_INPUT"  # no frame came within the input timeout
     STALE = "STALE"  # older than its deadline on arrival
     BAD_STAMP = "BAD_STAMP"  # from the future, repeated or out of order
+    DROPPED = "DROPPED"  # the queue was full and a newer frame took its place
+    # What the model did
     LATE = "LATE"  # the result came after its deadline
     BACKEND_ERROR = "BACKEND_ERROR"  # the backend raised
+    DEVICE_LOST = "DEVICE_LOST"  # the device fails every call: only a new process can help
     NOT_FINITE_OUTPUT = "NOT_FINITE_OUTPUT"  # NaN or infinity in an output
+    UNUSUAL_OUTPUT = "UNUSUAL_OUTPUT"  # an output far from what the calibration set gave; a warning
+    # What the process and the machine do
+    NOT_READY = "NOT_READY"  # loading, in self-test, or draining
+    WORKER_LOST = "WORKER_LOST"  # the worker process died, or was killed at its hard deadline
+    UNMONITORED = "UNMONITORED"  # the monitor itself is lost: nothing is valid without it
+    LATCHED = "LATCHED"  # too many restarts: only the operator brings it back
+    FALLBACK = "FALLBACK"  # a cheaper tier took over; a warning
+    MEMORY_FLOOR = "MEMORY_FLOOR"  # little memory is left on the machine; a warning
+    THROTTLED = "THROTTLED"  # the board throttles for heat or current; a warning
+    MODEL_CHANGED = "MODEL_CHANGED"  # the bundle on disk is no longer what was loaded and still runs; a warning
 
 
-WARNINGS = frozenset({Reason.UNUSUAL_INPUT})
+WARNINGS = frozenset({
+    Reason.UNUSUAL_INPUT, Reason.UNUSUAL_OUTPUT, Reason.FALLBACK, Reason.MEMORY_FLOOR, Reason.THROTTLED,
+    Reason.MODEL_CHANGED,
+})
 
 
 class Finding(NamedTuple):
@@ -49,9 +71,13 @@ class Frame:
         model: sha256 of the model file that ran.
         tier: Variant that ran, such as `int8-cpu`.
         provider: Execution provider that ran it.
+        state: State of the runtime when this was published, such as `ACTIVE` or `DEGRADED`.
+        mode: Degraded mode, `D1` to `D4`; empty where nothing is degraded.
         valid: Whether the outputs may be used as fresh perception.
         findings: Why not, and warnings.
         outputs: Output name to float32 array without batch axis; empty where nothing was computed or it came too late.
+        scores: Named numbers of the guards, such as `lidar.distance`: how unusual the input was, in calibration sigmas.
+        counters: Totals since the start, such as `missed` and `restarts`.
     """
 
     seq: int
@@ -63,9 +89,13 @@ class Frame:
     model: str
     tier: str
     provider: str
+    state: str
+    mode: str
     valid: bool
     findings: tuple[Finding, ...]
     outputs: Arrays
+    scores: Mapping[str, float] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def age_ms(self) -> float:
@@ -101,7 +131,11 @@ class Frame:
             "model": self.model,
             "tier": self.tier,
             "provider": self.provider,
+            "state": self.state,
+            "mode": self.mode,
             "valid": self.valid,
             "reasons": [finding.code.value for finding in self.findings],
             "details": [finding.detail for finding in self.findings],
+            "scores": {name: round(value, 6) for name, value in self.scores.items()},
+            "counters": dict(self.counters),
         }

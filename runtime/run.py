@@ -25,7 +25,7 @@ from fmdeploy.errors import ArtifactError, FrameError
 from fmdeploy.progress import progress
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import Frame
-from fmdeploy.runtime.guards import SAMPLES
+from fmdeploy.runtime.guards.content import SAMPLES
 from fmdeploy.runtime.session import Runtime
 from fmdeploy.runtime.tiers import TIERS
 from fmdeploy.task import Samples, load_task

@@ -15,8 +15,8 @@ import numpy as np
 from fmdeploy.cpu import this_cpu
 from fmdeploy.errors import FmdeployError, ModelFileError
 from fmdeploy.evaluate.sqnr import sqnr_db
+from fmdeploy.runtime.backends.onnxrt import OrtBackend
 from fmdeploy.runtime.bundle import Bundle
-from fmdeploy.runtime.onnxrt import OrtBackend
 
 INT8_CPU = "int8-cpu"
 TIERS = (INT8_CPU, "fp32")

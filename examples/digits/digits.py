@@ -14,7 +14,7 @@ from fmdeploy.distill.distill import distill
 from fmdeploy.evaluate.report import report
 from fmdeploy.export.export import export
 from fmdeploy.quantize.quantize import quantize
-from fmdeploy.runtime.check import check
+from fmdeploy.runtime.check.check import check
 from fmdeploy.tasks.image_classification import ImageClassification
 from fmdeploy.teacher.train import train
 

@@ -28,14 +28,14 @@ from fmdeploy.errors import ConfigError, MissingError, ModelFileError
 from fmdeploy.export.tensorrt.builder import FLAGS, MIB, Options
 from fmdeploy.export.tensorrt.goldencheck import require_agreement, stored_answers, three_way
 from fmdeploy.export.tensorrt.isolated import Ended, Limits, build_isolated
-from fmdeploy.export.tensorrt.machine import available_mib, l4t_release, power_mode
+from fmdeploy.jetson.machine import available_mib, l4t_release, power_mode
 from fmdeploy.manifest import MANIFEST_NAME, Kind, read_manifest, request_key
 from fmdeploy.progress import say
+from fmdeploy.runtime.backends.cuda import Cuda, load_cuda
+from fmdeploy.runtime.backends.tensorrt import TensorRtBackend
+from fmdeploy.runtime.backends.tensorrt_api import Api, ApiName, load_api
 from fmdeploy.runtime.bundle import Bundle, open_bundle
-from fmdeploy.runtime.cuda import Cuda, load_cuda
 from fmdeploy.runtime.run import task_name
-from fmdeploy.runtime.tensorrt import TensorRtBackend
-from fmdeploy.runtime.tensorrt_api import Api, ApiName, load_api
 from fmdeploy.task import load_task
 
 ENGINE = "engine.plan"

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from fmdeploy.runtime.tensorrt_api import Api, capturing_logger, complaints, one_line
+from fmdeploy.runtime.backends.tensorrt_api import Api, capturing_logger, complaints, one_line
 
 MIB = 2**20
 # The timing cache is bound to a device and to builder parameters: one from elsewhere is refused, not forced.

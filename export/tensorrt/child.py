@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fmdeploy.export.tensorrt.builder import Built, Options, build_engine
-from fmdeploy.runtime.memory import peak_mib
-from fmdeploy.runtime.tensorrt_api import load_api
+from fmdeploy.runtime.backends.tensorrt_api import load_api
+from fmdeploy.runtime.measure.memory import peak_mib
 
 PR_SET_PDEATHSIG = 1
 RESULT, ENGINE, CACHE = "result.json", "engine.plan", "timing.cache"

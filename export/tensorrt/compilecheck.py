@@ -18,7 +18,7 @@ from fmdeploy.export.tensorrt.builder import Options, Problem
 from fmdeploy.export.tensorrt.isolated import Ended, Limits, build_isolated
 from fmdeploy.export.tensorrt.layertable import EngineLayer, UnreadableLogError, read_layers
 from fmdeploy.export.tensorrt.verdict import NodeVerdict, is_compute, precision_of, unmet, verdicts
-from fmdeploy.runtime.tensorrt_api import ApiName, installed, load_api
+from fmdeploy.runtime.backends.tensorrt_api import ApiName, installed, load_api
 
 Status = Literal["ok", "rejected", "build-failed", "unreadable", "precision", "crashed", "timeout", "out-of-memory"]
 API: ApiName = "tensorrt-rtx"  # the compiler that needs no GPU

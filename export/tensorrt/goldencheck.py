@@ -17,8 +17,8 @@ from fmdeploy.arrays import Array, Arrays
 from fmdeploy.errors import ArtifactError, GateError
 from fmdeploy.evaluate.evaluation import evaluate
 from fmdeploy.evaluate.sqnr import cosine, finite_db, sqnr_db
+from fmdeploy.runtime.backends.protocol import Backend
 from fmdeploy.runtime.bundle import Bundle
-from fmdeploy.runtime.protocol import Backend
 from fmdeploy.task import Metric, Samples, Task
 
 TENSORS = "golden.safetensors"

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from fmdeploy import interrupt
 from fmdeploy.export.tensorrt.builder import NetworkNode, Options, Problem
 from fmdeploy.export.tensorrt.child import CACHE, ENGINE, RESULT
-from fmdeploy.runtime.tensorrt_api import ApiName
+from fmdeploy.runtime.backends.tensorrt_api import ApiName
 
 Fate = Literal["done", "crashed", "timeout", "out-of-memory"]
 POLL_S = 0.05

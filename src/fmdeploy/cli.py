@@ -43,10 +43,10 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "export": Verb("fmdeploy.export.export:export", "Write ONNX variants, golden vectors and budgets: the bundle."),
     "build": Verb("fmdeploy.export.tensorrt.build:build", "Build and prove a TensorRT engine, on the device."),
     "estimate": Verb("fmdeploy.estimate.estimate:estimate", "Predict the latency on a device, with a band."),
-    "check": Verb("fmdeploy.runtime.check:check", "Measure every budget here; exit 1 when one fails."),
-    "compare": Verb("fmdeploy.runtime.compare:compare", "Gate a candidate against what is deployed."),
+    "check": Verb("fmdeploy.runtime.check.check:check", "Measure every budget here; exit 1 when one fails."),
+    "compare": Verb("fmdeploy.runtime.check.compare:compare", "Gate a candidate against what is deployed."),
     "run": Verb("fmdeploy.runtime.run:run", "Run a bundle over a dataset."),
-    "bench": Verb("fmdeploy.runtime.bench:bench", "Latency and memory of a bundle here."),
+    "bench": Verb("fmdeploy.runtime.measure.bench:bench", "Latency and memory of a bundle here."),
     "report": Verb("fmdeploy.evaluate.report:report", "One self-contained HTML page from artifacts."),
     "show": Verb("fmdeploy.show:show", "Print an artifact and its lineage."),
 }

@@ -103,7 +103,7 @@ def run_stages(config: DemoConfig, clock: Clock) -> dict[str, Artifact]:
     made |= train(config, clock, sizes)
     from fmdeploy.export.export import export
     from fmdeploy.quantize.quantize import quantize
-    from fmdeploy.runtime.check import check
+    from fmdeploy.runtime.check.check import check
 
     made["quantized"] = clock("quantize", quantize, student=out / "student", data=out / "data", out=out / "quantized")
     write_atomically(out / "budgets.toml", sizes.budgets.to_toml())

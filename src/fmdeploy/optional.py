@@ -28,6 +28,8 @@ EXTRA_OF = {
     "docker": "docker",
     "model_signing": "sign",
     "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
     "sklearn": "dev",
 }
 HINT = {

@@ -13,9 +13,9 @@ from fmdeploy.evaluate.baselines import evaluate_baselines
 from fmdeploy.evaluate.bootstrap import Interval, drop
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.evaluate.gates import Row, gates_pass
-from fmdeploy.runtime.bench import start_tiers
 from fmdeploy.runtime.bundle import open_bundle
-from fmdeploy.runtime.latency import golden_frames, measure_overhead
+from fmdeploy.runtime.measure.bench import start_tiers
+from fmdeploy.runtime.measure.latency import golden_frames, measure_overhead
 from fmdeploy.task import Metric, Task, load_task
 
 SERVED = "int8-cpu"

@@ -13,7 +13,7 @@ from fmdeploy.errors import FrameError
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.runtime import GuardConfig, Reason, Runtime, open_bundle
 from fmdeploy.runtime.bundle import InputStatistics
-from fmdeploy.runtime.guards import Guards
+from fmdeploy.runtime.guards.content import Guards
 from support.bundles import Arrays, run_model
 from support.runtimes import frame, runtime, toy_bundle
 
@@ -333,7 +333,7 @@ def test_backend_that_raises_costs_one_frame() -> None:
     found = target.infer(frame())
     assert found.reasons == (Reason.BACKEND_ERROR,)
     assert found.findings[0].detail == "device lost"
-    assert target.num_backend_errors == 1
+    assert target.inference.num_backend_errors == 1
     target.backend.run = run  # type: ignore[method-assign]
     assert target.infer(frame(1)).valid
 

@@ -19,8 +19,8 @@ from fmdeploy.draft import Draft
 from fmdeploy.errors import ArtifactError, ConfigError, DataError, FrameError
 from fmdeploy.evaluate.evaluation import Evaluation, data_key, evaluate
 from fmdeploy.manifest import Kind
-from fmdeploy.runtime.check import check
-from fmdeploy.runtime.compare import compare
+from fmdeploy.runtime.check.check import check
+from fmdeploy.runtime.check.compare import compare
 from fmdeploy.runtime.run import run
 from support.bundles import budgets, fp32_model, int8_model, make_bundle, run_model
 from support.toy_task import ToyTask, make_dataset
@@ -113,7 +113,7 @@ def test_a_failed_repetition_keeps_the_old_check(bundle: Path, data: Path, tmp_p
     def broken(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fmdeploy.runtime.check.measure_latency", broken)
+    monkeypatch.setattr("fmdeploy.runtime.check.check.measure_latency", broken)
     with pytest.raises(KeyboardInterrupt):
         _check(bundle, data, tmp_path / "c", runs=30, again=True)
     assert open_artifact(tmp_path / "c").digest == first.data["digest"]

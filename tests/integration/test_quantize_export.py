@@ -24,8 +24,8 @@ from fmdeploy.manifest import Kind
 from fmdeploy.models import predictor
 from fmdeploy.quantize.quantize import quantize
 from fmdeploy.quantize.store import load_quantized
+from fmdeploy.runtime.backends.tensorrt_api import installed
 from fmdeploy.runtime.session import Runtime
-from fmdeploy.runtime.tensorrt_api import installed
 from support.training_data import STUDENT, TEACHER, write_scenes
 
 FOREIGN = """

@@ -11,7 +11,7 @@ from fmdeploy.distill.distill import distill
 from fmdeploy.errors import MissingDependencyError
 from fmdeploy.export.export import export
 from fmdeploy.export.tensorrt.build import build
-from fmdeploy.runtime.tensorrt_api import ApiName, installed
+from fmdeploy.runtime.backends.tensorrt_api import ApiName, installed
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.train import train
 from support.training_data import STUDENT, TEACHER, write_scenes

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from fmdeploy.runtime.cuda import Cuda
-from fmdeploy.runtime.tensorrt_api import Api
+from fmdeploy.runtime.backends.cuda import Cuda
+from fmdeploy.runtime.backends.tensorrt_api import Api
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8, "tensor(int64)": np.int64}
 

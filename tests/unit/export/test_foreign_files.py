@@ -25,7 +25,7 @@ from fmdeploy.export.tensorrt.verdict import verdicts
 from fmdeploy.onnxfile.graph import DQ, Graph, Q
 from fmdeploy.onnxfile.reading import read_model
 from fmdeploy.onnxfile.session import run_model
-from fmdeploy.runtime.tensorrt_api import load_api
+from fmdeploy.runtime.backends.tensorrt_api import load_api
 from support.foreign import NNCF, ORT, modelopt_file, net_of, nncf_file, ort_file, samples_file
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")

@@ -25,7 +25,7 @@ from fmdeploy.export.lint.pairs import dequantized
 from fmdeploy.export.lint.rules import RULES, as_markdown
 from fmdeploy.export.tensorrt.builder import Options, build_engine
 from fmdeploy.onnxfile.graph import DQ, Q
-from fmdeploy.runtime.tensorrt_api import load_api
+from fmdeploy.runtime.backends.tensorrt_api import load_api
 from support.onnxgraphs import quantised_convs
 from support.qdq import computed_scale, conv_file, file_of, one_node
 

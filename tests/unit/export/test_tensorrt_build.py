@@ -18,9 +18,9 @@ from fmdeploy.export.tensorrt import build as build_module
 from fmdeploy.export.tensorrt.build import BuildConfig, Place, build_engine_artifact
 from fmdeploy.export.tensorrt.builder import FLAGS, Problem
 from fmdeploy.export.tensorrt.isolated import Ended
-from fmdeploy.export.tensorrt.machine import available_mib, l4t_release, power_mode
+from fmdeploy.jetson.machine import available_mib, l4t_release, power_mode
 from fmdeploy.manifest import Kind
-from fmdeploy.runtime.tensorrt_api import installed
+from fmdeploy.runtime.backends.tensorrt_api import installed
 from support.bundles import fp32_model, inputs, make_bundle, run_model
 from support.fake_tensorrt import fake_api, host_cuda
 from support.processes import FMDEPLOY

@@ -24,7 +24,7 @@ from fmdeploy.export.verification import verify_tensorrt
 from fmdeploy.onnxfile.graph import DQ, Graph
 from fmdeploy.onnxfile.session import run_model
 from fmdeploy.quantize.ptq import ptq
-from fmdeploy.runtime.tensorrt_api import MODULES, installed
+from fmdeploy.runtime.backends.tensorrt_api import MODULES, installed
 from support.onnxgraphs import graph_of, quantised_convs
 from support.quantize_nets import NETS, samples_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,10 +12,10 @@ import pytest
 from fmdeploy.errors import ArtifactError
 from fmdeploy.evaluate.gates import Result, Row, limit_gate, not_measured
 from fmdeploy.runtime import Runtime, open_bundle
-from fmdeploy.runtime.bench import bench
-from fmdeploy.runtime.gatefiles import junit, markdown, text_lines
-from fmdeploy.runtime.latency import golden_frames, interleave, measure_overhead, speedup, summary
-from fmdeploy.runtime.memory import peak_mib, probe_peak_mib
+from fmdeploy.runtime.check.gatefiles import junit, markdown, text_lines
+from fmdeploy.runtime.measure.bench import bench
+from fmdeploy.runtime.measure.latency import golden_frames, interleave, measure_overhead, speedup, summary
+from fmdeploy.runtime.measure.memory import peak_mib, probe_peak_mib
 from support.runtimes import frame, runtime, toy_bundle
 
 
@@ -57,13 +56,12 @@ def test_overhead_lets_no_side_always_follow_the_same_one(monkeypatch: pytest.Mo
     calls: list[str] = []
     target = runtime()
 
-    class Session:
-        def run(self, names: object, feeds: object) -> None:
-            calls.append("bare")
-            time.sleep(2e-3 if calls[-2:-1] == ["infer"] else 0)
+    def bare(feeds: object) -> None:
+        calls.append("bare")
+        time.sleep(2e-3 if calls[-2:-1] == ["infer"] else 0)
 
     monkeypatch.setattr(target, "infer", lambda frame: calls.append("infer"))
-    monkeypatch.setattr(target, "backend", SimpleNamespace(session=Session(), output_names=[]))
+    monkeypatch.setattr(target.backend, "run", bare)
     found = measure_overhead(target, golden_frames(target.bundle), 60)
     assert calls.count("bare") == 2 * calls.count("infer")
     assert abs(found["control_us"]) < 1000

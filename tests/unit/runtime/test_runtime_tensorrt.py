@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from fmdeploy.errors import MissingDependencyError, MissingError, ModelFileError
-from fmdeploy.runtime.cuda import Bindings, Cuda, CudaError, Library, load_cuda
-from fmdeploy.runtime.protocol import Backend
-from fmdeploy.runtime.tensorrt import TensorRtBackend
-from fmdeploy.runtime.tensorrt_api import MODULES, installed, load_api, one_line, version_tuple
+from fmdeploy.runtime.backends.cuda import Bindings, Cuda, CudaError, Library, load_cuda
+from fmdeploy.runtime.backends.protocol import Backend
+from fmdeploy.runtime.backends.tensorrt import TensorRtBackend
+from fmdeploy.runtime.backends.tensorrt_api import MODULES, installed, load_api, one_line, version_tuple
 from support.bundles import fp32_model, inputs, io_spec, run_model
 from support.fake_tensorrt import HostCalls, fake_api, host_cuda
 
@@ -117,7 +117,7 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_versions_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert version_tuple("10.16.2.10-1+cuda13.2") > version_tuple("10.3.0.26")
-    monkeypatch.setattr("fmdeploy.runtime.tensorrt_api.require", lambda name: SimpleNamespace(__version__="8.6.2"))
+    monkeypatch.setattr("fmdeploy.runtime.backends.tensorrt_api.require", lambda name: SimpleNamespace(__version__="8.6.2"))
     with pytest.raises(MissingDependencyError, match="8.6.2: this TensorRT is too old"):
         load_api("tensorrt")
     assert load_api("tensorrt-rtx").version == "8.6.2"  # counts its versions on its own

@@ -18,7 +18,7 @@ from fmdeploy.cpu import Isa
 from fmdeploy.draft import Draft
 from fmdeploy.errors import ArtifactError, MissingError, ModelFileError
 from fmdeploy.runtime import Runtime, open_bundle, tiers
-from fmdeploy.runtime.onnxrt import OrtBackend
+from fmdeploy.runtime.backends.onnxrt import OrtBackend
 from fmdeploy.runtime.tiers import admit_tier
 from support.bundles import fp32_model, inputs, int8_model, make_bundle, run_model
 from support.runtimes import frame, runtime, toy_bundle
@@ -230,7 +230,7 @@ class Wall:
 sys.meta_path.insert(0, Wall())
 import json
 from fmdeploy.runtime import Runtime
-import fmdeploy.runtime.bench, fmdeploy.runtime.check, fmdeploy.runtime.compare, fmdeploy.runtime.run
+import fmdeploy.runtime.measure.bench, fmdeploy.runtime.check.check, fmdeploy.runtime.check.compare, fmdeploy.runtime.run
 runtime = Runtime(sys.argv[1])
 frame = runtime.infer(runtime.bundle.golden.sample(0))
 loaded = sorted({"torch", "onnx", "modelopt"} & set(sys.modules))

@@ -28,7 +28,7 @@ def peak_mib(status: Path = Path("/proc/self/status")) -> float | None:
 
 def probe_peak_mib(bundle: Bundle, tier: str, *, threads: int) -> float | None:
     """Return the peak memory of a fresh process that loads one tier and runs frames; None if it cannot be measured."""
-    command = [sys.executable, "-m", "fmdeploy.runtime.memory", str(bundle.artifact.root), tier, str(threads)]
+    command = [sys.executable, "-m", "fmdeploy.runtime.measure.memory", str(bundle.artifact.root), tier, str(threads)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})
@@ -40,7 +40,7 @@ def probe_peak_mib(bundle: Bundle, tier: str, *, threads: int) -> float | None:
 
 def main(root: str, tier: str, threads: str) -> None:
     """Load one tier, run a few frames, print the peak as JSON."""
-    from fmdeploy.runtime.latency import golden_frames
+    from fmdeploy.runtime.measure.latency import golden_frames
     from fmdeploy.runtime.session import Runtime
 
     runtime = Runtime(root, tiers=(tier,), threads=int(threads))

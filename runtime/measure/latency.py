@@ -98,12 +98,12 @@ def measure_overhead(
         fresh: Every call finds its frame just written, as preprocessing on this core leaves it; otherwise the frames
             lie in memory and whoever reads them first waits for it.
     """
-    session, names = runtime.backend.session, runtime.backend.output_names
+    run = runtime.backend.run
     slots = [{name: array.copy() for name, array in frame.items()} for frame in frames[: 1 if fresh else None]]
     feeds = [{name: array[None] for name, array in slot.items()} for slot in slots]
 
     def bare(number: int) -> object:
-        return session.run(names, feeds[number % len(feeds)])
+        return run(feeds[number % len(feeds)])
 
     def infer(number: int) -> object:
         return runtime.infer(slots[number % len(slots)])

@@ -17,8 +17,8 @@ from fmdeploy.evaluate.bootstrap import check_paired
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.evaluate.gates import Row, limit_gate, not_measured, overall_gate, slice_gates
 from fmdeploy.manifest import Kind
-from fmdeploy.runtime.check import outcome_of_check
-from fmdeploy.runtime.gatefiles import write_gate_files
+from fmdeploy.runtime.check.check import outcome_of_check
+from fmdeploy.runtime.check.gatefiles import write_gate_files
 from fmdeploy.task import Metric, load_task
 
 

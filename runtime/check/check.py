@@ -28,14 +28,14 @@ from fmdeploy.evaluate.gates import Row, gates_pass
 from fmdeploy.manifest import Kind
 from fmdeploy.progress import progress
 from fmdeploy.runtime.bundle import Bundle, open_bundle
-from fmdeploy.runtime.checkrows import Preference, accuracy_rows, prefer, resource_rows
-from fmdeploy.runtime.gatefiles import text_lines, write_gate_files
-from fmdeploy.runtime.latency import golden_frames, measure_latency, speedup, summary
-from fmdeploy.runtime.memory import probe_peak_mib
-from fmdeploy.runtime.replace import produce_again
+from fmdeploy.runtime.check.gatefiles import text_lines, write_gate_files
+from fmdeploy.runtime.check.replace import produce_again
+from fmdeploy.runtime.check.rows import Preference, accuracy_rows, prefer, resource_rows
+from fmdeploy.runtime.check.seen import seen_row
+from fmdeploy.runtime.check.tier import CheckedTier, Predictor, check_tier
+from fmdeploy.runtime.measure.latency import golden_frames, measure_latency, speedup, summary
+from fmdeploy.runtime.measure.memory import probe_peak_mib
 from fmdeploy.runtime.run import task_name
-from fmdeploy.runtime.seen import seen_row
-from fmdeploy.runtime.tiercheck import CheckedTier, Predictor, check_tier
 from fmdeploy.runtime.tiers import TIERS
 from fmdeploy.task import Metric, Samples, Task, load_task
 

@@ -14,8 +14,8 @@ import numpy as np
 from fmdeploy.arrays import Array, Arrays
 from fmdeploy.errors import ModelFileError
 from fmdeploy.iospec import IOSpec, TensorSpec
-from fmdeploy.runtime.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, Cuda, CudaError, load_cuda
-from fmdeploy.runtime.tensorrt_api import Api, capturing_logger, complaints
+from fmdeploy.runtime.backends.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, Cuda, CudaError, load_cuda
+from fmdeploy.runtime.backends.tensorrt_api import Api, capturing_logger, complaints
 
 
 @dataclass(frozen=True)

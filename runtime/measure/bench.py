@@ -10,8 +10,8 @@ from fmdeploy.command import Outcome, command
 from fmdeploy.config import InputPath, Positional, RunOnly, StageConfig
 from fmdeploy.errors import ModelFileError
 from fmdeploy.runtime.bundle import open_bundle
-from fmdeploy.runtime.latency import Speedup, golden_frames, measure_latency, measure_overhead, speedup, summary
-from fmdeploy.runtime.memory import probe_peak_mib
+from fmdeploy.runtime.measure.latency import Speedup, golden_frames, measure_latency, measure_overhead, speedup, summary
+from fmdeploy.runtime.measure.memory import probe_peak_mib
 from fmdeploy.runtime.session import Runtime
 from fmdeploy.runtime.tiers import TIERS
 

@@ -27,7 +27,7 @@ from fmdeploy.errors import ArtifactError, FrameError
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.runtime.bundle import InputStatistics
 from fmdeploy.runtime.frame import Finding, Reason
-from fmdeploy.runtime.structure import StructureGuard
+from fmdeploy.runtime.guards.structure import StructureGuard
 
 # Rounding of a float32 sum of equal values stays far below this share of it.
 SUM_TOLERANCE = 1e-3

@@ -11,8 +11,8 @@ from fmdeploy.budgets import AccuracyBudget, TargetBudget
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.evaluate.gates import Result, Row, limit_gate, not_measured, overall_gate, slice_gates
 from fmdeploy.runtime.bundle import Bundle
-from fmdeploy.runtime.latency import Speedup, speedup, summary
-from fmdeploy.runtime.tiercheck import CheckedTier
+from fmdeploy.runtime.check.tier import CheckedTier
+from fmdeploy.runtime.measure.latency import Speedup, speedup, summary
 from fmdeploy.task import Metric
 
 REFERENCE = "fp32"

@@ -13,7 +13,7 @@ from fmdeploy.errors import DataError, ModelFileError
 from fmdeploy.evaluate.evaluation import Evaluation, evaluate
 from fmdeploy.progress import Bar
 from fmdeploy.runtime.bundle import Bundle
-from fmdeploy.runtime.guards import SAMPLES
+from fmdeploy.runtime.guards.content import SAMPLES
 from fmdeploy.runtime.session import Runtime
 from fmdeploy.runtime.tiers import TierReport, admit_tier
 from fmdeploy.task import Metric, Samples

@@ -1,0 +1,1 @@
+"""`check` and `compare`: every budget measured here, every change held against what is deployed."""

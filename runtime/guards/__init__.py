@@ -1,0 +1,1 @@
+"""Guards between the sensors and the model, and behind the model."""
