@@ -21,7 +21,8 @@ class Reason(str, Enum):
     FROZEN = "FROZEN"  # the same content again and again, with moving stamps
     TORN = "TORN"  # half of one frame and half of the one before it
     UNUSUAL_INPUT = "UNUSUAL_INPUT"  # far from the calibration set's statistics; a warning
-    SENSOR_MISSING = "SENSOR_MISSING"  # a sensor is not there; a warning where the bundle declares and measures it
+    SENSOR_MISSING = "SENSOR_MISSING"  # a sensor is not there, and the bundle declares no mode without it
+    SENSOR_MODE = "SENSOR_MODE"  # a sensor is not there, as the bundle declares and measured it; a warning
     # What the stamps and the stream say
     NO_INPUT = "NO_INPUT"  # no frame came within the input timeout
     STALE = "STALE"  # older than its deadline on arrival
@@ -45,8 +46,8 @@ class Reason(str, Enum):
 
 
 WARNINGS = frozenset({
-    Reason.UNUSUAL_INPUT, Reason.UNUSUAL_OUTPUT, Reason.FALLBACK, Reason.MEMORY_FLOOR, Reason.THROTTLED,
-    Reason.MODEL_CHANGED,
+    Reason.UNUSUAL_INPUT, Reason.UNUSUAL_OUTPUT, Reason.SENSOR_MODE, Reason.FALLBACK,
+    Reason.MEMORY_FLOOR, Reason.THROTTLED, Reason.MODEL_CHANGED,
 })
 
 

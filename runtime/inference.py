@@ -5,7 +5,7 @@ It runs in the process that embeds it, or in the worker of a supervisor: what it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from fmdeploy.arrays import Array, Arrays
@@ -60,26 +60,17 @@ class Inference:
         self._names = [spec.name for spec in bundle.io.outputs]
         self.num_backend_errors = 0
 
-    def run(self, inputs: Arrays, *, refused: bool = False) -> Result:
+    def run(self, inputs: Arrays, *, missing: Collection[str] = (), refused: bool = False) -> Result:
         """Judge one frame's content, run it, and judge the outputs.
 
         Args:
             inputs: Inputs whose structure was checked.
+            missing: Inputs whose sensor is not there.
             refused: The frame is invalid already: judge its content, do not run it.
         """
-        findings: list[Finding] = []
-        outputs = self._judge_and_run(inputs, findings, refused)
-        return Result(outputs, tuple(findings), self.tier, self._model, self.backend.provider, {})
-
-    def _judge_and_run(self, inputs: Arrays, findings: list[Finding], refused: bool) -> Arrays:
-        """Append what is found to `findings`; return no outputs where the model must not see the frame."""
-        values = self.guards.own(inputs)
-        fatal = self.guards.fatal(values)
-        if fatal:
-            findings += fatal
-            return {}
-        findings += self.guards.doubts(values)
-        return {} if refused else self._run(self.guards.feeds(values), findings)
+        feeds, findings, scores = self.guards.before(inputs, missing, refused=refused)
+        outputs = self._run(feeds, findings) if feeds is not None else {}
+        return Result(outputs, tuple(findings), self.tier, self._model, self.backend.provider, scores)
 
     def _run(self, feeds: Arrays, findings: list[Finding]) -> Arrays:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from fmdeploy.arrays import Arrays
@@ -76,6 +76,7 @@ class Runtime:
         stamp_ns: int | None = None,
         deadline_ms: float | None = None,
         layouts: Mapping[str, str] | None = None,
+        missing: Collection[str] = (),
     ) -> Frame:
         """Judge one frame, run it, and judge the result.
 
@@ -85,6 +86,8 @@ class Runtime:
             stamp_ns: When the sensors saw it, on the runtime's clock; default: now.
             deadline_ms: Overrides the runtime's deadline for this frame.
             layouts: Input name to layout; needed only where the shape does not tell the axes apart.
+            missing: Inputs whose sensor is not there: they are left out of `inputs`. Without a mode that the bundle
+                declares for it, the frame is not valid; nothing is filled with zeros in silence.
 
         Returns:
             A frame. Bad *content* (NaN, range, stamps, lateness) makes it invalid, with reasons.
@@ -96,9 +99,10 @@ class Runtime:
         if os.getpid() != self._pid:
             raise FmdeployError("the runtime was forked; start it in the process that uses it")
         with self._lock:
-            self.inference.guards.structure(inputs, layouts)
+            self.inference.guards.structure(inputs, layouts, missing)
             ticket = self.publisher.arrive(stamp_ns, deadline_ms)
-            return self.publisher.publish(ticket, self.inference.run(inputs, refused=ticket.refused))
+            result = self.inference.run(inputs, missing=missing, refused=ticket.refused)
+            return self.publisher.publish(ticket, result)
 
     def close(self) -> None:
         """Give the backend's memory back."""

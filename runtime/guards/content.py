@@ -16,9 +16,10 @@ Legend: C channels of an input, S cells of a channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import le
+from typing import NamedTuple
 
 import numpy as np
 
@@ -168,6 +169,20 @@ class InputGuard:
                 [(mean + margin) * self._cells for mean, margin in pairs])
 
 
+class Judged(NamedTuple):
+    """What the guards say of a frame's content.
+
+    Attributes:
+        feeds: What the model may see: by name, with a batch axis; None where it must not see the frame.
+        findings: What was found.
+        scores: Named numbers, such as `lidar.distance`.
+    """
+
+    feeds: Arrays | None
+    findings: list[Finding]
+    scores: dict[str, float]
+
+
 class Guards:
     """All guards of one model."""
 
@@ -177,7 +192,9 @@ class Guards:
         self._inputs = [InputGuard(spec, statistics[spec.name], config) for spec in io.inputs]
         self._names = {spec.name for spec in io.inputs}
 
-    def structure(self, inputs: object, layouts: Mapping[str, str] | None) -> None:
+    def structure(
+        self, inputs: object, layouts: Mapping[str, str] | None, missing: Collection[str] = ()
+    ) -> None:
         """Check the names and then every input's structure.
 
         Raises:
@@ -194,6 +211,21 @@ class Guards:
                              found=sorted(map(str, layouts)))
         for guard in self._structure:
             guard.check(inputs[guard.name], layouts.get(guard.name) if layouts else None)
+
+    def before(self, inputs: Arrays, missing: Collection[str] = (), *, refused: bool = False) -> Judged:
+        """Judge the content of a frame.
+
+        Args:
+            inputs: Inputs whose structure was checked.
+            missing: Inputs whose sensor is not there.
+            refused: The frame must not run, whatever its content.
+        """
+        values = self.own(inputs)
+        findings = self.fatal(values)
+        if findings:
+            return Judged(None, findings, {})
+        findings = self.doubts(values)
+        return Judged(None if refused else self.feeds(values), findings, {})
 
     def own(self, inputs: Arrays) -> list[Array]:
         """Return what to check and run, in the order of the specification: the inputs, or copies of them."""
