@@ -20,7 +20,7 @@ from fmdeploy.quantize.histogram import Histogram
 from fmdeploy.quantize.observe import Observation, observe
 from fmdeploy.quantize.placement import Placement
 from fmdeploy.quantize.ranges import Calibration, Candidate, Range
-from fmdeploy.quantize.samples import SPLIT, CalibrationSet, check_inputs, draw, input_statistics, redraw
+from fmdeploy.quantize.samples import SPLIT, CalibrationSet, check_inputs, draw, input_statistics, redraw, remarks
 
 __all__ = ["SPLIT", "Calibration", "CalibrationSet", "Calibrator", "Range", "calibrate", "check_inputs", "draw",
            "input_statistics", "redraw"]
@@ -65,7 +65,7 @@ def calibrate(
         ranges[row.quantizer] = _range(seen.tensors[row.quantizer], method, tried, functions)
     modelopt.set_ranges(module, _all_ranges(module, placement, ranges))
     return Calibration(calibration_set.data, calibration_set.digest, calibration_set.seed, calibration_set.ids, ranges,
-                       calibrator, seen.digest)
+                       calibrator, seen.digest, remarks=remarks(calibration_set))
 
 
 def _wanted(

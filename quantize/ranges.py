@@ -113,6 +113,7 @@ class Calibration:
         state: sha256 over the states of all histograms.
         smoothed: What SmoothQuant changed.
         clipped: What weight clipping changed.
+        remarks: What was odd about the samples, with counts; nothing that forbids calibrating.
     """
 
     data: str
@@ -124,6 +125,7 @@ class Calibration:
     state: str = ""
     smoothed: tuple[SmoothRow, ...] = ()
     clipped: tuple[ClipRow, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `constant` names the tensors that calibration saw one single value of."""
@@ -145,7 +147,7 @@ class Calibration:
                 values["data"], values["digest"], values["seed"], tuple(values["samples"]),
                 {name: _range(row) for name, row in values["ranges"].items()}, values["calibrator"], values["state"],
                 tuple(SmoothRow(**{**row, "readers": tuple(row["readers"])}) for row in values["smoothed"]),
-                tuple(ClipRow(**row) for row in values["clipped"]),
+                tuple(ClipRow(**row) for row in values["clipped"]), tuple(values["remarks"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"calibration.json lacks a field: {error}", fix="Re-run the quantize stage") from error

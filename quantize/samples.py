@@ -20,6 +20,7 @@ from torch import Tensor
 from fmdeploy.data.format import Dataset
 from fmdeploy.errors import DataError
 from fmdeploy.iospec import IOSpec, TensorSpec
+from fmdeploy.progress import say
 from fmdeploy.task import Array, Arrays, Samples, Task
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SPLIT = "train"
 HELD_OUT = ("val", "test")
+FEW = 16
 CHUNK = 256  # samples that are read at once where a whole split is looked through
 
 
@@ -106,7 +108,23 @@ def _load(samples: Samples, ids: Sequence[str], io: IOSpec, data: Dataset, seed:
     inputs, _ = samples.batch(np.array([number[name] for name in ordered]))
     calibration_set = CalibrationSet(tuple(ordered), inputs, data.digest, seed)
     check_inputs(calibration_set, io)
+    for text in remarks(calibration_set):
+        say(f"calibration: {text}")
     return calibration_set
+
+
+def remarks(calibration_set: CalibrationSet) -> tuple[str, ...]:
+    """What is odd about the samples, with counts: too few, the same ones again, or without any content."""
+    count, names = len(calibration_set), sorted(calibration_set.inputs)
+    repeated = count - len(set(_fingerprints(calibration_set.inputs, names)))
+    flat = {name: array.reshape(count, -1) for name, array in calibration_set.inputs.items()}
+    empty = {name: int((rows == rows[:, :1]).all(axis=1).sum()) for name, rows in flat.items()}
+    found = [f"{number} of {count} samples of {name} are constant" for name, number in empty.items() if number]
+    if repeated:
+        found.append(f"{repeated} of {count} samples repeat another one")
+    if count < FEW:
+        found.append(f"only {count} samples; ranges from fewer than {FEW} depend on which they are")
+    return tuple(found)
 
 
 def check_inputs(calibration_set: CalibrationSet, io: IOSpec | None = None) -> None:

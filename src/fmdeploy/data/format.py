@@ -140,5 +140,15 @@ def _npz_members(tar: tarfile.TarFile) -> Iterator[tuple[str, Arrays]]:
             raise ValueError(f"{member.name} is larger than {MAX_MEMBER_BYTES} bytes")
         stream = tar.extractfile(member)
         assert stream is not None
-        with np.load(io.BytesIO(stream.read()), allow_pickle=False) as npz:
+        content = stream.read()
+        _bound_unpacked(content, member.name)
+        with np.load(io.BytesIO(content), allow_pickle=False) as npz:
             yield member.name, {key: npz[key] for key in npz.files}
+
+
+def _bound_unpacked(content: bytes, name: str) -> None:
+    """Refuse an npz that unpacks to more than the bound: 256 MiB of zeros pack into a quarter of a megabyte."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > MAX_MEMBER_BYTES:
+        raise ValueError(f"{name} unpacks to {unpacked} bytes, at most {MAX_MEMBER_BYTES} are read")

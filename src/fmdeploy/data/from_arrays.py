@@ -16,7 +16,7 @@ from fmdeploy.artifact import Artifact
 from fmdeploy.config import OutputPath, StageConfig
 from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
-from fmdeploy.errors import LeakageError
+from fmdeploy.errors import DataError, LeakageError
 from fmdeploy.manifest import Kind
 
 
@@ -46,9 +46,14 @@ def write_arrays(
         name: A label for the manifest.
 
     Raises:
+        DataError: the arrays have different numbers of samples.
         LeakageError: a group stands in two splits.
     """
     count = len(next(iter(arrays.values())))
+    for key, array in arrays.items():
+        if len(array) != count:
+            raise DataError(f"the array {key!r} has another number of samples", where=out, expected=count,
+                            found=len(array))
     group = np.arange(count) if groups is None else np.asarray(groups)
     _refuse_torn_groups(group, splits, out)
     config = WriteArraysConfig(out=Path(out), name=name, content=_digest({**arrays, "": group, **splits}))
