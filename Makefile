@@ -10,7 +10,7 @@ else
 EXTRAS := dev
 endif
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo fuzz test test-container lint bench soak clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ demo: setup
 # Two test processes of one thread each: two thread pools on two cores are many times slower than either.
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
+
+# The runtime image on a real engine, installed and started where there is none; ARCH=arm64 runs it under qemu.
+test-container: setup
+	tests/container/engine.sh $(ARCH)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,6 +50,15 @@ bench: demo
 	$(BIN)/python benchmarks/estimate_cpu.py
 	$(BIN)/python benchmarks/runtime_overhead.py --bundle $(OUT)/bundle
 	$(BIN)/python benchmarks/label_draws.py --demo $(OUT)
+
+# 30 minutes at 20 % faults through the real server, and 10,000 frames on the model of the demo.
+soak: demo
+	$(BIN)/python benchmarks/soak.py --seconds 1800
+	$(BIN)/python benchmarks/soak.py --frames 10000 --bundle $(OUT)/bundle
+
+# Mutated manifests and ONNX files through the validator, and writers that are killed; `make test` runs a short version.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fmdeploy.artifact import Artifact, open_artifact
@@ -32,9 +33,14 @@ from fmdeploy.quantize.calibrate import SPLIT, Calibration, CalibrationSet, draw
 from fmdeploy.quantize.placement import Placement, Request
 from fmdeploy.quantize.ptq import ptq
 from fmdeploy.quantize.quantize import require_same_data
+from fmdeploy.quantize.samples import output_statistics
 from fmdeploy.quantize.scores import carry_over, held_out_splits
 from fmdeploy.quantize.store import load_quantized
+from fmdeploy.runtime.onnxcheck.checks import check_model
+from fmdeploy.runtime.onnxcheck.interface import Declared
 from fmdeploy.task import Samples, Task
+
+CHUNK = 64  # samples in one pass of the student
 
 
 @dataclass(frozen=True)
@@ -109,12 +115,13 @@ def _build(draft: Draft, config: ExportConfig, source: Source) -> None:
                               inputs=source.calibration_set.inputs, cpu=config.cpu, rest=config.rest)
     checked = _verify(draft, config, source, variants)
     metrics = _metrics(draft, config, source, variants)
+    _require_admissible(task, variants, metrics, checked)
     golden = subset(task.samples(source.data, SPLIT), config.golden_samples)
     write_golden(draft, task, golden, {name: variants.predictor(name) for name in variants.names},
                  references=_references(source), saturating=variants.saturating)
     draft.write_text("budgets.toml", budgets.to_toml())
     draft.write_json("calibration.json", source.calibration.to_json())
-    draft.write_json("input_statistics.json", {"inputs": input_statistics(source.calibration_set.inputs)})
+    draft.write_json("input_statistics.json", _statistics(source))
     draft.write_json("io.json", task.io.model_dump(mode="json"))
     shutil.copyfile(source.artifact.path(RECIPE), draft.path(RECIPE))
     draft.write_json("metrics.json", metrics)
@@ -130,6 +137,25 @@ def _verify(draft: Draft, config: ExportConfig, source: Source, variants: Varian
     checked = verify_tensorrt(variants, placed)
     draft.write_json(FILE, checked)
     return checked
+
+
+def _statistics(source: Source) -> dict[str, Any]:
+    """What calibration saw of the inputs, and what the float student made of it: the runtime's guards ask for both."""
+    inputs, predict = source.calibration_set.inputs, predictor(source.student, source.task.io)
+    count = len(next(iter(inputs.values())))
+    parts = [predict({name: array[at:at + CHUNK] for name, array in inputs.items()}) for at in range(0, count, CHUNK)]
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {"inputs": input_statistics(inputs), "outputs": output_statistics(outputs)}
+
+
+def _require_admissible(
+    task: Task, variants: Variants, metrics: dict[str, Any], checked: dict[str, Any] | None
+) -> None:
+    """Put every file through the device's own checks: what it would refuse is not worth shipping."""
+    for name in variants.names:
+        path, placed = variants.path(name), checked["required_int8"] if checked and name == "int8" else ()
+        declared = Declared(name.startswith("int8"), metrics["variants"][name]["quantize_pairs"], tuple(placed))
+        check_model(path.read_bytes(), task.io, where=path, declared=declared)
 
 
 def _references(source: Source) -> dict[str, Predict]:

@@ -10,6 +10,11 @@ PACKAGES = Path("var/lib/dpkg/status")
 POWER_STATUS = Path("var/lib/nvpmodel/status")
 POWER_MODES = Path("etc/nvpmodel.conf")
 MEMINFO = Path("proc/meminfo")
+KERNEL = Path("proc/sys/kernel/osrelease")
+MODEL = Path("proc/device-tree/model")
+MODEL_IN_SYSFS = Path("sys/firmware/devicetree/base/model")
+COMPATIBLE = Path("proc/device-tree/compatible")
+SOC_FAMILY = Path("sys/devices/soc0/family")
 
 
 def l4t_release(root: Path = Path("/")) -> str | None:
@@ -29,6 +34,25 @@ def power_mode(root: Path = Path("/")) -> str | None:
     number = int(found[1])
     names = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", _read(root / POWER_MODES))
     return next((name for text, name in names if int(text) == number), f"id {number}")
+
+
+def kernel(root: Path = Path("/")) -> str:
+    """Release of the running kernel, such as `5.15.148-tegra`; empty when unknown."""
+    return _read(root / KERNEL).strip()
+
+
+def board_model(root: Path = Path("/")) -> str | None:
+    """Name of the board from the device tree; None in most containers, where it is masked."""
+    for path in (MODEL, MODEL_IN_SYSFS):
+        if found := _read(root / path).strip("\0 \n"):
+            return found
+    return None
+
+
+def is_jetson(root: Path = Path("/")) -> bool:
+    """Whether this is a Jetson, also in a container, where only the kernel's own files tell."""
+    return ("tegra" in kernel(root) or bool(_read(root / RELEASE)) or "nvidia,tegra" in _read(root / COMPATIBLE)
+            or _read(root / SOC_FAMILY).strip() == "Tegra" or "NvMapMemUsed" in _read(root / MEMINFO))
 
 
 def available_mib(root: Path = Path("/")) -> int | None:

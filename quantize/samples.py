@@ -214,18 +214,31 @@ def input_statistics(inputs: Arrays) -> dict[str, Any]:
 
     Returns:
         name → per channel: `channel_mean`, `channel_std` (spread over samples of the sample's channel mean),
+        `energy_mean`, `energy_std` (the same of the squares),
         `channel_min`, `channel_max`, `value_std` (over all values); and `min`, `max` of the whole input.
     """
     return {name: _statistics(array) for name, array in inputs.items()}
 
 
+def output_statistics(outputs: Arrays) -> dict[str, Any]:
+    """Describe what calibration samples gave at each output, name → (N, ...): root mean squares of the samples."""
+    found = {}
+    for name, array in outputs.items():
+        rms_N = np.sqrt(np.square(array.reshape(len(array), -1).astype(np.float64)).mean(axis=1))
+        found[name] = {"rms_mean": float(rms_N.mean()), "rms_std": float(rms_N.std()), "rms_min": float(rms_N.min()),
+                       "rms_max": float(rms_N.max())}
+    return found
+
+
 def _statistics(array: Array) -> dict[str, Any]:
     channels = array.shape[1] if array.ndim > 2 else 1
     values_NCS = array.reshape(len(array), channels, -1).astype(np.float64)
-    means_NC = values_NCS.mean(axis=2)
+    means_NC, energies_NC = values_NCS.mean(axis=2), np.square(values_NCS).mean(axis=2)
     return {
         "channel_mean": means_NC.mean(axis=0).tolist(),
         "channel_std": means_NC.std(axis=0).tolist(),
+        "energy_mean": energies_NC.mean(axis=0).tolist(),
+        "energy_std": energies_NC.std(axis=0).tolist(),
         "channel_min": values_NCS.min(axis=(0, 2)).tolist(),
         "channel_max": values_NCS.max(axis=(0, 2)).tolist(),
         "value_std": values_NCS.std(axis=(0, 2)).tolist(),

@@ -5,28 +5,27 @@ Legend: N golden samples, C channels of one input.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from fmdeploy.arrays import Arrays
+from fmdeploy.arrays import Array, Arrays
 from fmdeploy.artifact import Artifact, open_artifact
-from fmdeploy.budgets import Budgets, read_budgets
+from fmdeploy.budgets import Budgets, parse_budgets
 from fmdeploy.config import validate
-from fmdeploy.errors import ArtifactError, ModelFileError
-from fmdeploy.iospec import IOSpec
+from fmdeploy.errors import ArtifactError
+from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.manifest import Kind
+from fmdeploy.runtime.onnxcheck.checks import check_model
+from fmdeploy.runtime.onnxcheck.interface import Declared
+from fmdeploy.runtime.signature import Signature, signature_of
 
-# The key "location" of an external-data entry, as protobuf spells it inside TensorProto.external_data. Old onnxruntime
-# follows such entries through "..", absolute paths and links, and one crafted location crashes it, so a file that
-# mentions one is refused before onnxruntime sees it. onnx itself is not installed on the device.
-EXTERNAL_DATA_MARK = b"\x0a\x08location"
+# Files that are read when a bundle is opened: from the very bytes that were hashed.
+PARSED = ("io.json", "input_statistics.json", "golden.json", "golden.safetensors", "budgets.toml", "metrics.json",
+          "tensorrt.json")
 
 
 class _Strict(BaseModel):
@@ -54,14 +53,26 @@ class InputStatistics(_Strict):
 
     channel_mean: tuple[float, ...]
     channel_std: tuple[float, ...] = Field(description="Spread of the per-sample channel means")
+    energy_mean: tuple[float, ...] = Field(default=(), description="Mean of the squares, a channel")
+    energy_std: tuple[float, ...] = Field(default=(), description="Spread of the per-sample means of the squares")
     min: float | None = None
     max: float | None = None
+
+
+class OutputStatistics(_Strict):
+    """What the calibration set gave at one output: root mean squares of its samples."""
+
+    rms_mean: float = Field(ge=0)
+    rms_std: float = Field(ge=0)
+    rms_min: float = Field(ge=0)
+    rms_max: float = Field(ge=0)
 
 
 class StatisticsFile(_Strict):
     """input_statistics.json."""
 
     inputs: dict[str, InputStatistics]
+    outputs: dict[str, OutputStatistics] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,8 @@ class Bundle:
     golden: Golden
     statistics: dict[str, InputStatistics]
     budgets: Budgets
+    signature: Signature
+    output_statistics: dict[str, OutputStatistics] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -107,40 +120,61 @@ class Bundle:
         self.artifact.path(f"model.{variant}.onnx")
         return self.artifact.manifest.files[f"model.{variant}.onnx"].sha256
 
+    def declared(self, variant: str) -> Declared:
+        """What the bundle says about the INT8 of one variant."""
+        rows = _table(self.artifact, "metrics.json").get("variants", {})
+        row = rows.get(variant, {}) if isinstance(rows, dict) else {}
+        pairs = row.get("quantize_pairs") if isinstance(row, dict) else None
+        nodes = _table(self.artifact, "tensorrt.json").get("required_int8", []) if variant == "int8" else []
+        return Declared(int8=variant.startswith("int8"), pairs=pairs if isinstance(pairs, int) else None,
+                        nodes=tuple(map(str, nodes)) if isinstance(nodes, list) else ())
+
     def model_bytes(self, variant: str) -> bytes:
-        """Read one variant's file once and return exactly the bytes that were verified.
+        """Read one variant's file once; hash and check exactly the bytes that are returned.
 
         Raises:
             ArtifactError: The bundle has no such variant, or the file changed since it was opened.
-            ModelFileError: The model wants data from outside the file.
+            ModelFileError: The model is not one that may run here, see `onnxcheck`.
         """
-        path = self.artifact.path(f"model.{variant}.onnx")
-        entry = self.artifact.manifest.files[path.name]
-        raw = _read_regular(path, entry.size)
-        if hashlib.sha256(raw).hexdigest() != entry.sha256:
-            raise ArtifactError("was altered since the bundle was opened", where=path, fix="Export the bundle again")
-        if EXTERNAL_DATA_MARK in raw:
-            raise ModelFileError("refers to data outside the file", where=path, fix="Export it as a single file")
+        name = f"model.{variant}.onnx"
+        raw = self.artifact.read(name)
+        check_model(raw, self.io, where=self.artifact.path(name), declared=self.declared(variant))
         return raw
 
 
-def open_bundle(root: Path | str | Bundle) -> Bundle:
+def open_bundle(root: Path | str | Bundle, *, require_signature: Path | None = None) -> Bundle:
     """Open and verify a bundle.
 
+    Args:
+        root: Its folder.
+        require_signature: PEM file of the public key that must have signed it; default: an unsigned one is taken too.
+
     Raises:
-        ArtifactError: It is missing, altered, of another kind, or its files contradict each other.
+        ArtifactError: It is missing, altered, of another kind, not signed by the key, or its files contradict each
+            other.
         ConfigError: budgets.toml is not valid.
     """
     if isinstance(root, Bundle):
-        return root
-    artifact = open_artifact(Path(root), Kind.BUNDLE)
+        return root if require_signature is None else open_bundle(root.artifact.root,
+                                                                  require_signature=require_signature)
+    artifact = open_artifact(Path(root), Kind.BUNDLE, hold=PARSED)
+    signature = signature_of(artifact, require_signature)  # before anything of it is parsed
     io = _parse(IOSpec, artifact, "io.json")
-    statistics = _parse(StatisticsFile, artifact, "input_statistics.json").inputs
+    known: StatisticsFile = _parse(StatisticsFile, artifact, "input_statistics.json")
+    statistics = known.inputs
     golden = _golden(artifact, io)
     for spec in io.inputs:
         if spec.name not in statistics:
             raise ArtifactError("has no statistics of an input", where=artifact.root, expected=spec.name)
-    return Bundle(artifact, io, golden, statistics, read_budgets(artifact.path("budgets.toml")))
+    budgets = parse_budgets(artifact.read("budgets.toml"), artifact.path("budgets.toml"))
+    artifact.held.pop("golden.safetensors", None)  # it is in memory as arrays now
+    return Bundle(artifact, io, golden, statistics, budgets, signature, known.outputs)
+
+
+def _table(artifact: Artifact, name: str) -> dict[str, Any]:
+    """A JSON object of the bundle; empty where it has no such file."""
+    found = artifact.json(name) if artifact.has(name) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _parse(model: type[Any], artifact: Artifact, name: str) -> Any:
@@ -161,29 +195,16 @@ def _golden(artifact: Artifact, io: IOSpec) -> Golden:
     count = len(inputs[io.inputs[0].name])
     if count == 0:
         raise ArtifactError("holds no golden samples", where=artifact.path("golden.safetensors"))
-    _check_shapes({spec.name: (count, *spec.shape) for spec in io.inputs}, inputs, artifact)
-    for arrays in outputs.values():
-        _check_shapes({spec.name: (count, *spec.shape) for spec in io.outputs}, arrays, artifact)
+    for wanted, arrays in ((io.inputs, inputs), *((io.outputs, arrays) for arrays in outputs.values())):
+        for spec in wanted:
+            _check_golden(spec, arrays[spec.name], count, artifact)
     return Golden(inputs, outputs, index)
 
 
-def _check_shapes(wanted: dict[str, tuple[int, ...]], arrays: Arrays, artifact: Artifact) -> None:
-    for name, shape in wanted.items():
-        if arrays[name].shape != shape:
-            raise ArtifactError(f"golden tensor {name!r} does not fit io.json", where=artifact.root, expected=shape,
-                                found=arrays[name].shape)
-
-
-def _read_regular(path: Path, size: int) -> bytes:
-    """Read a file of known size. O_NONBLOCK: a FIFO must not hang; O_NOFOLLOW: a link is not what was hashed."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise ArtifactError(f"cannot be read: {error.strerror}", where=path) from error
-    with os.fdopen(handle, "rb") as stream:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError("is not a regular file", where=path)
-        if status.st_size != size:
-            raise ArtifactError("has another size", where=path, expected=size, found=status.st_size)
-        return stream.read(size + 1)
+def _check_golden(spec: TensorSpec, array: Array, count: int, artifact: Artifact) -> None:
+    what = f"golden tensor {spec.name!r}"
+    found, wanted = (str(array.dtype), array.shape), (spec.dtype, (count, *spec.shape))
+    if found != wanted:
+        raise ArtifactError(f"{what} does not fit io.json", where=artifact.root, expected=wanted, found=found)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ArtifactError(f"{what} holds NaN or infinity", where=artifact.root, fix="Export the bundle again")

@@ -14,6 +14,8 @@ from fmdeploy.errors import FrameError
 class Reason(str, Enum):
     """Why a frame is not valid, or is worth a look."""
 
+    __hash__ = str.__hash__  # many times faster than that of an Enum, and frames are made in the hot path
+
     # What the guards see in the inputs
     NOT_FINITE = "NOT_FINITE"  # NaN or infinity in an input; INT8 would turn it into plausible numbers
     OUT_OF_RANGE = "OUT_OF_RANGE"  # outside the specification's value range
@@ -35,7 +37,7 @@ class Reason(str, Enum):
     NOT_FINITE_OUTPUT = "NOT_FINITE_OUTPUT"  # NaN or infinity in an output
     UNUSUAL_OUTPUT = "UNUSUAL_OUTPUT"  # an output far from what the calibration set gave; a warning
     # What the process and the machine do
-    NOT_READY = "NOT_READY"  # loading, in self-test, or draining
+    NOT_READY = "NOT_READY"  # loading, in self-test, on probation after bad frames, or draining
     WORKER_LOST = "WORKER_LOST"  # the worker process died, or was killed at its hard deadline
     UNMONITORED = "UNMONITORED"  # the monitor itself is lost: nothing is valid without it
     LATCHED = "LATCHED"  # too many restarts: only the operator brings it back

@@ -31,7 +31,17 @@ def _no_jetson() -> str | None:
 
 
 def _no_docker() -> str | None:
-    return None if Path("/var/run/docker.sock").exists() else "no Docker engine"
+    import docker
+
+    where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if not os.environ.get("FMDEPLOY_BASE"):
+        return "no base image in FMDEPLOY_BASE: `make test-container` makes one"
+    try:
+        client = docker.from_env(timeout=10)
+        client.close()
+    except docker.errors.DockerException:
+        return f"no Docker engine answers at {where}"
+    return None
 
 
 PROBES: dict[str, Callable[[], str | None]] = {

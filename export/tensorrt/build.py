@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,17 +26,17 @@ from fmdeploy.errors import ConfigError, MissingError, ModelFileError
 from fmdeploy.export.tensorrt.builder import FLAGS, MIB, Options
 from fmdeploy.export.tensorrt.goldencheck import require_agreement, stored_answers, three_way
 from fmdeploy.export.tensorrt.isolated import Ended, Limits, build_isolated
-from fmdeploy.jetson.machine import available_mib, l4t_release, power_mode
+from fmdeploy.jetson.machine import available_mib
 from fmdeploy.manifest import MANIFEST_NAME, Kind, read_manifest, request_key
 from fmdeploy.progress import say
-from fmdeploy.runtime.backends.cuda import Cuda, load_cuda
 from fmdeploy.runtime.backends.tensorrt import TensorRtBackend
 from fmdeploy.runtime.backends.tensorrt_api import Api, ApiName, load_api
 from fmdeploy.runtime.bundle import Bundle, open_bundle
+from fmdeploy.runtime.engines.find import PLAN as ENGINE
+from fmdeploy.runtime.engines.key import BuildRequest, Place, request_here
 from fmdeploy.runtime.run import task_name
 from fmdeploy.task import load_task
 
-ENGINE = "engine.plan"
 STAGE = "build"
 SHARE = 0.75  # of the available memory that a build may take, where no limit is given
 
@@ -56,40 +54,6 @@ class BuildConfig(StageConfig):
         None, ge=64, description="The build is killed beyond so much; default: three quarters of what is available")
     timing_cache: OutputPath | None = Field(
         None, description="File of kernel timings to reuse and extend; default: beside --out")
-
-
-class BuildRequest(StageConfig):
-    """What identifies an engine: the ONNX file's digest, the builder, and the machine.
-
-    All Orins are sm_87: the number of multiprocessors tells a small board from a large one.
-    """
-
-    variant: str
-    model_sha256: str
-    api: str
-    version: str
-    flags: tuple[str, ...] = FLAGS
-    workspace_mib: int
-    sm: str | None
-    multiprocessors: int | None
-    l4t: str | None
-    power_mode: str | None
-
-
-@dataclass(frozen=True)
-class Place:
-    """The machine that a build runs on; tests give another one."""
-
-    root: Path = Path("/")
-    cuda: Callable[[], Cuda] = load_cuda
-
-    def gpu(self) -> tuple[str | None, int | None]:
-        """Compute capability and number of multiprocessors, None without a GPU."""
-        try:
-            cuda = self.cuda()
-        except MissingError:
-            return None, None
-        return cuda.sm(), cuda.multiprocessors()
 
 
 @command(BuildConfig)
@@ -111,11 +75,7 @@ def build_engine_artifact(config: BuildConfig, place: Place) -> Artifact:
     if config.variant not in bundle.variants:
         raise ConfigError("the bundle has no such model", where=config.bundle, expected=", ".join(bundle.variants),
                           found=config.variant)
-    sm, multiprocessors = place.gpu()
-    request = BuildRequest(variant=config.variant, model_sha256=bundle.model_sha256(config.variant), api=api.name,
-                           version=api.version, workspace_mib=config.workspace_mib, sm=sm,
-                           multiprocessors=multiprocessors, l4t=l4t_release(place.root),
-                           power_mode=power_mode(place.root))
+    request = request_here(bundle, config.variant, api, place, flags=FLAGS, workspace_mib=config.workspace_mib)
     out = free_place(Path(os.path.abspath(config.out)), request, bundle)
     return produce(out, Kind.ENGINE, stage=STAGE, config=request, inputs={"bundle": bundle.artifact},
                    build=lambda draft: _build(draft, config, request, bundle, api, place))

@@ -1,6 +1,7 @@
-"""The dozen CUDA runtime calls that running an engine needs, through `cuda-bindings` or libcudart itself.
+"""The CUDA runtime calls that running an engine needs, through `cuda-bindings` or libcudart itself.
 
-A CUDA fault is sticky: after one, every call of the process fails. So an error here ends the backend.
+A CUDA fault is sticky: after one, every call of the process fails. Errors that leave the device usable (a capture that
+cannot be made, memory that is not there) are told apart from those that lose it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import ctypes
 import ctypes.util
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fmdeploy.errors import FmdeployError, MissingError
+from fmdeploy.runtime.backends.protocol import DeviceLostError
 
 NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # cudaMemcpyKind
@@ -19,8 +21,22 @@ MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16  # cudaDeviceAttr: compute capability
 NO_DEVICE = (34, 35, 100)  # cudaErrorStubLibrary (a container without the driver), InsufficientDriver, NoDevice
 
 
+# InvalidValue, MemoryAllocation, NotReady, NotPermitted, NotSupported, and all that a stream capture can complain of.
+HARMLESS = frozenset({1, 2, 600, 800, 801, *range(900, 909)})
+CAPTURE_THIS_THREAD = 1  # cudaStreamCaptureModeThreadLocal: calls of other threads do not break the capture
+NON_BLOCKING = 1  # cudaStreamCreateWithFlags: not ordered against the default stream
+
+
 class CudaError(FmdeployError):
-    """A CUDA call failed. The process cannot use the GPU any more: restart it."""
+    """A CUDA call failed; `code` is CUDA's number, 0 where it gave none."""
+
+    def __init__(self, what: str, *, code: int = 0, **facts: Any) -> None:
+        super().__init__(what, **facts)
+        self.code = code
+
+
+class CudaLostError(CudaError, DeviceLostError):
+    """A CUDA call failed in a way that loses the device: the process cannot use the GPU any more."""
 
 
 class Calls(Protocol):
@@ -31,7 +47,9 @@ class Calls(Protocol):
 
 
 class Library:
-    """libcudart through ctypes: results come back through a leading pointer argument."""
+    """libcudart through ctypes: results come back through a pointer argument, the first one but for one function."""
+
+    TRAILING = frozenset({"cudaStreamEndCapture"})
 
     def __init__(self, library: Any) -> None:
         self._library = library
@@ -40,22 +58,29 @@ class Library:
         """Call a function; all arguments are passed in 64 bits."""
         slot = ctypes.c_void_p(0)
         values = [ctypes.c_void_p(value) for value in arguments]
-        code = getattr(self._library, name)(*([ctypes.byref(slot)] if result else []), *values)
+        place = [ctypes.byref(slot)] if result else []
+        given = [*values, *place] if name in self.TRAILING else [*place, *values]
+        code = getattr(self._library, name)(*given)
         return int(code), int(slot.value or 0)
 
 
 class Bindings:
     """`cuda.bindings.runtime`: results come back as a tuple behind the error code."""
 
+    ENUMS: ClassVar = {
+        "cudaMemcpyAsync": (3, "cudaMemcpyKind"),
+        "cudaDeviceGetAttribute": (0, "cudaDeviceAttr"),
+        "cudaStreamBeginCapture": (1, "cudaStreamCaptureMode"),
+    }
+
     def __init__(self, module: Any) -> None:
         self._module = module
 
     def call(self, name: str, *arguments: int, result: bool = False) -> tuple[int, int]:
         """Call a function; enumerations are made from their numbers."""
-        enums = {"cudaMemcpyAsync": (3, "cudaMemcpyKind"), "cudaDeviceGetAttribute": (0, "cudaDeviceAttr")}
         values: list[Any] = list(arguments)
-        if name in enums:
-            position, enum = enums[name]
+        if name in self.ENUMS:
+            position, enum = self.ENUMS[name]
             values[position] = getattr(self._module, enum)(values[position])
         code, *found = getattr(self._module, name)(*values)
         return int(code), int(found[0]) if result and not int(code) else 0
@@ -69,8 +94,11 @@ class Cuda:
 
     def _do(self, name: str, *arguments: int, result: bool = False) -> int:
         code, value = self._calls.call(name, *arguments, result=result)
+        if code in HARMLESS:
+            raise CudaError(f"{name} failed with CUDA error {code}", code=code)
         if code:
-            raise CudaError(f"{name} failed with CUDA error {code}", fix="Restart the process: the GPU is lost to it")
+            raise CudaLostError(f"{name} failed with CUDA error {code}", code=code,
+                                fix="Restart the process: the GPU is lost to it")
         return value
 
     def device_count(self) -> int:
@@ -79,7 +107,7 @@ class Cuda:
         if code in NO_DEVICE:
             return 0
         if code:
-            raise CudaError(f"cudaGetDeviceCount failed with CUDA error {code}")
+            raise CudaError(f"cudaGetDeviceCount failed with CUDA error {code}", code=code)
         return value
 
     def sm(self) -> str:
@@ -114,8 +142,8 @@ class Cuda:
         self._do("cudaMemcpyAsync", target, source, size, kind, stream)
 
     def stream(self) -> int:
-        """A new stream."""
-        return self._do("cudaStreamCreate", result=True)
+        """A new stream that is not ordered against the default one."""
+        return self._do("cudaStreamCreateWithFlags", NON_BLOCKING, result=True)
 
     def destroy_stream(self, stream: int) -> None:
         """Give a stream back."""
@@ -124,6 +152,30 @@ class Cuda:
     def wait(self, stream: int) -> None:
         """Wait until everything on `stream` is done."""
         self._do("cudaStreamSynchronize", stream)
+
+    def begin_capture(self, stream: int) -> None:
+        """From here on, work given to `stream` is written down, not done."""
+        self._do("cudaStreamBeginCapture", stream, CAPTURE_THIS_THREAD)
+
+    def end_capture(self, stream: int) -> int:
+        """Stop writing down; returns the graph."""
+        return self._do("cudaStreamEndCapture", stream, result=True)
+
+    def instantiate(self, graph: int) -> int:
+        """Make a graph ready to be launched; returns what is launched. The graph itself can be destroyed then."""
+        return self._do("cudaGraphInstantiateWithFlags", graph, 0, result=True)
+
+    def launch(self, executable: int, stream: int) -> None:
+        """Do everything that was written down, ordered on `stream`."""
+        self._do("cudaGraphLaunch", executable, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        """Give a graph back."""
+        self._do("cudaGraphDestroy", graph)
+
+    def destroy_executable(self, executable: int) -> None:
+        """Give what was launched back."""
+        self._do("cudaGraphExecDestroy", executable)
 
 
 def load_cuda(

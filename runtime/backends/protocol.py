@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fmdeploy.arrays import Array, Arrays
+from fmdeploy.errors import FmdeployError
 
 
 class Backend(Protocol):
-    """One loaded model. `run` may be called by one thread at a time."""
+    """One loaded model. `run` may be called by one thread at a time.
+
+    A backend that holds memory of a device also has `close()`.
+    """
 
     @property
     def provider(self) -> str:
-        """The execution provider that was asserted to run the model."""
+        """What was asserted to run the model, such as an execution provider, with what it had to do without."""
 
     @property
     def threads(self) -> int:
@@ -23,4 +27,19 @@ class Backend(Protocol):
         """Run a batch: inputs (1, ...) by name to outputs (1, ...) in the order of the specification.
 
         The returned arrays belong to the caller; the fed ones are only read.
+
+        Raises:
+            DeviceLostError: The device is lost to this process.
+            Exception: Whatever else the backend raises concerns this one frame.
         """
+
+
+class DeviceLostError(FmdeployError):
+    """The device fails every further call of this process: only a new process can help."""
+
+
+def close(backend: Backend) -> None:
+    """Give back the device memory of a backend that holds any."""
+    give_back = getattr(backend, "close", None)
+    if give_back is not None:
+        give_back()

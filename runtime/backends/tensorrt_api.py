@@ -61,8 +61,13 @@ def version_tuple(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0]))
 
 
-def capturing_logger(api: Api) -> Any:
-    """Return a TensorRT logger with `messages`, a list of (severity, text), and nothing on the terminal."""
+def capturing_logger(api: Api, only: Sequence[str] = ()) -> Any:
+    """Return a TensorRT logger with `messages`, a list of (severity, text), and nothing on the terminal.
+
+    Args:
+        api: TensorRT.
+        only: Severities to keep; none means all. What runs for days must not keep every word.
+    """
 
     class Log(api.module.ILogger):  # type: ignore[name-defined,misc]
         def __init__(self) -> None:
@@ -70,9 +75,49 @@ def capturing_logger(api: Api) -> Any:
             self.messages: list[tuple[str, str]] = []
 
         def log(self, severity: Any, msg: str) -> None:
-            self.messages.append((str(severity).rsplit(".", 1)[-1], msg))
+            name = str(severity).rsplit(".", 1)[-1]
+            if not only or name in only:
+                self.messages.append((name, msg))
 
     return Log()
+
+
+def error_recorder(api: Api, most: int = 64) -> Any:
+    """Return an IErrorRecorder with `errors`, a list of (code, text).
+
+    Where one is set, TensorRT reports errors to it and no longer to the logger.
+    """
+
+    class Recorder(api.module.IErrorRecorder):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            api.module.IErrorRecorder.__init__(self)
+            self.errors: list[tuple[Any, str]] = []
+            self.overflowed = False
+
+        def num_errors(self) -> int:
+            return len(self.errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return self.errors[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self.errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return self.overflowed
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.overflowed = False
+
+        def report_error(self, code: Any, text: str) -> bool:  # from any thread: append is atomic
+            if len(self.errors) < most:
+                self.errors.append((code, text))
+            else:
+                self.overflowed = True
+            return False  # the caller need not stop: its return value tells
+
+    return Recorder()
 
 
 def complaints(messages: Sequence[tuple[str, str]], most: int = 20) -> list[str]:

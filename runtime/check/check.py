@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageCon
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.environment import describe_environment, package_versions
-from fmdeploy.errors import ArtifactError, ConfigError
+from fmdeploy.errors import ArtifactError, ConfigError, GateError
 from fmdeploy.evaluate.evaluation import Evaluation, data_key
 from fmdeploy.evaluate.examples import save_examples
 from fmdeploy.evaluate.gates import Row, gates_pass
@@ -29,14 +29,19 @@ from fmdeploy.manifest import Kind
 from fmdeploy.progress import progress
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.check.gatefiles import text_lines, write_gate_files
+from fmdeploy.runtime.check.measured import Measured
 from fmdeploy.runtime.check.replace import produce_again
 from fmdeploy.runtime.check.rows import Preference, accuracy_rows, prefer, resource_rows
 from fmdeploy.runtime.check.seen import seen_row
+from fmdeploy.runtime.check.sensors import sensor_rows
 from fmdeploy.runtime.check.tier import CheckedTier, Predictor, check_tier
-from fmdeploy.runtime.measure.latency import golden_frames, measure_latency, speedup, summary
-from fmdeploy.runtime.measure.memory import probe_peak_mib
+from fmdeploy.runtime.loading import Terms
+from fmdeploy.runtime.measure.conditions import describe_machine, watched
+from fmdeploy.runtime.measure.latency import golden_frames, measure_latency
+from fmdeploy.runtime.measure.memory import probe_memory
 from fmdeploy.runtime.run import task_name
-from fmdeploy.runtime.tiers import TIERS
+from fmdeploy.runtime.tiers import TABLE, TIERS
+from fmdeploy.runtime.trial import NO_TARGET
 from fmdeploy.task import Metric, Samples, Task, load_task
 
 
@@ -51,10 +56,16 @@ class CheckConfig(StageConfig):
     split: str = Field(default="test", description="Split to evaluate on")
     task: str = Field(default="", description="Task that reads the dataset; default: the bundle's")
     tiers: tuple[str, ...] | None = Field(
-        default=None, description="Variants to check, best first; default: those that the bundle has"
+        default=None, description="Tiers to check, best first; default: those that the bundle has, and --engines"
     )
     threads: int = Field(default=1, ge=1, le=256, description="Threads inside one run")
     runs: int = Field(default=300, ge=30, description="Latency rounds in which every tier takes one frame")
+    engines: InputPath | None = Field(default=None, description="Folder of ENGINEs: TensorRT tiers are checked, too")
+    root: InputPath = Field(
+        default=Path("/"), description="Folder below which /proc, /sys and the board's tools are read; for tests"
+    )
+    require_signature: InputPath | None = Field(default=None,
+                                                description="Check only a bundle signed for this public key (PEM)")
     again: Annotated[bool, RunOnly()] = Field(default=False, description="Measure anew and replace the CHECK at --out")
 
 
@@ -80,14 +91,18 @@ def check(config: CheckConfig) -> Outcome:
 
     It always measures: what is at --out already is refused, or replaced with --again.
     """
-    bundle, data = open_bundle(config.bundle), open_dataset(config.data)
+    bundle = open_bundle(config.bundle, require_signature=config.require_signature)
+    data = open_dataset(config.data)
     limits = bundle.budgets if config.budgets is None else read_budgets(config.budgets)
     target, _ = limits.for_target(config.target)
     name = task_name(bundle, config.task)
-    tiers = config.tiers or tuple(tier for tier in TIERS if tier in bundle.variants) or TIERS
+    tiers = config.tiers or default_tiers(bundle, config.engines) or TIERS
+    if config.split in data.splits and not data.splits[config.split]:
+        raise GateError("nothing can be measured: the split has no samples", where=data.artifact.root,
+                        found=f"split {config.split!r}", fix="Split it again: data split")
     request = CheckRequest(task=name, split=config.split, tiers=tiers, threads=config.threads, runs=config.runs,
                            target=target, budgets=limits.model_dump(mode="json"), **_this_machine())
-    job = CheckJob(bundle, data, limits, request)
+    job = CheckJob(bundle, data, limits, request, Place(config.root, config.engines))
     inputs = {"bundle": bundle.artifact, "data": data.artifact}
 
     def write(out: Path) -> Artifact:
@@ -114,11 +129,29 @@ def outcome_of_check(artifact: Artifact) -> Outcome:
     return Outcome(tuple(lines), data, 0 if passed else 1)
 
 
+class Place(NamedTuple):
+    """Where a check looks for the machine and for engines."""
+
+    root: Path
+    engines: Path | None
+
+    @property
+    def terms(self) -> Terms:
+        """Tiers are admitted whatever they cost: budgets are what the rows are for."""
+        return Terms(engines=self.engines, target=NO_TARGET)
+
+
+def default_tiers(bundle: Bundle, engines: Path | None) -> tuple[str, ...]:
+    """Return the tiers that the bundle has a file for: those of this processor, and with engines those of TensorRT."""
+    kinds = ("cpu",) if engines is None else ("cpu", "tensorrt")
+    return tuple(tier.name for tier in TABLE.values() if tier.backend in kinds and tier.variant in bundle.variants)
+
+
 class CheckJob:
     """One check in the making."""
 
-    def __init__(self, bundle: Bundle, data: Dataset, limits: Budgets, request: CheckRequest) -> None:
-        self.bundle, self.data, self.limits, self.request = bundle, data, limits, request
+    def __init__(self, bundle: Bundle, data: Dataset, limits: Budgets, request: CheckRequest, place: Place) -> None:
+        self.bundle, self.data, self.limits, self.request, self.place = bundle, data, limits, request, place
         self.task: Task = load_task(request.task)
         if self.task.io.digest != bundle.io.digest:
             raise ArtifactError("has other inputs and outputs than the task", where=bundle.artifact.root,
@@ -132,21 +165,24 @@ class CheckJob:
         samples = self.task.samples(self.data, self.request.split)
         tiers = self._tiers(samples)
         running = {tier.name: tier.runtime for tier in tiers if tier.runtime is not None}
-        times = measure_latency(running, golden_frames(self.bundle), self.request.runs)
-        peaks = {name: probe_peak_mib(self.bundle, name, threads=self.request.threads) for name in running}
+        frames = golden_frames(self.bundle)
+        times, conditions = watched(lambda: measure_latency(running, frames, self.request.runs), self.place.root)
+        peaks = {name: probe_memory(self.bundle, name, threads=self.request.threads, root=self.place.root,
+                                    engines=self.place.engines) for name in running}
         teacher = self._teacher()
         rows = [seen_row(self.bundle.artifact, self.data, samples.ids),
-                *accuracy_rows(tiers, teacher, self.metric, self.limits.accuracy)]
-        preference = prefer(tiers, rows, times)
+                *accuracy_rows(tiers, teacher, self.metric, self.limits.accuracy),
+                *sensor_rows(self.bundle, tiers, samples, self.metric, self.limits)]
+        preference = prefer(tiers, rows, times, conditions.why_not)
         _, budget = self.limits.for_target(self.request.target)
-        rows += resource_rows(self.bundle, preference.tier, times, peaks, self.limits.size_mib, budget)
-        self._write(draft, tiers, samples, rows, preference, times, peaks, teacher)
+        rows += resource_rows(self.bundle, preference.tier, times, peaks, conditions, self.limits.size_mib, budget)
+        self._write(draft, tiers, samples, rows, preference, Measured(times, conditions, peaks), teacher)
 
     def _tiers(self, samples: Samples) -> list[CheckedTier]:
         names, threads = self.request.tiers, self.request.threads
         with progress("check", total=len(samples) * len(names)) as bar:
-            return [check_tier(self.bundle, name, samples, self.metrics, threads=threads, data=self.key, bar=bar)
-                    for name in names]
+            return [check_tier(self.bundle, name, samples, self.metrics, threads=threads, data=self.key, bar=bar,
+                               terms=self.place.terms) for name in names]
 
     def _teacher(self) -> Evaluation | None:
         """The teacher's evaluation from the bundle, when it is of this very data."""
@@ -159,7 +195,7 @@ class CheckJob:
 
     def _write(
         self, draft: Draft, tiers: Sequence[CheckedTier], samples: Samples, rows: list[Row], preference: Preference,
-        times: dict[str, list[float]], peaks: dict[str, float | None], teacher: Evaluation | None,
+        measured: Measured, teacher: Evaluation | None,
     ) -> None:
         for tier in tiers:
             if tier.evaluation is not None:
@@ -170,17 +206,14 @@ class CheckJob:
             values["teacher"] = self._values(teacher)
         draft.write_json("metrics.json", {"values": values, "samples": len(samples)})
         draft.write_json("latency.json", {name: {"ms": ms, "threads": self.request.threads}
-                                          for name, ms in times.items()})
-        notes = [preference.reason, *_alarms(tiers, len(samples))]
+                                          for name, ms in measured.times.items()})
+        notes = [preference.reason, self.bundle.signature.note(), *measured.lines(), *_alarms(tiers, len(samples))]
         draft.write_json("check.json", {
             "bundle": self.bundle.digest, "data": self.data.digest, "task": self.request.task,
             "split": self.request.split, "target": self.request.target, "machine": self.request.machine,
             "metric": self.metric.name, "preferred": preference.to_json(), "notes": notes, "values": values,
             "tiers": {tier.name: {**tier.report.to_json(), "flags": dict(tier.flags)} for tier in tiers},
-            "latency": {name: {**summary(ms), "threads": self.request.threads} for name, ms in times.items()},
-            "speedup": {name: speedup(times["fp32"], ms).__dict__ for name, ms in times.items()
-                        if name != "fp32" and "fp32" in times},
-            "peak_mib": peaks,
+            **measured.to_json(self.request.threads), "environment": describe_machine(self.place.root),
         })
         write_gate_files(draft, rows, title=f"fmdeploy check, target {self.request.target}", notes=notes)
 

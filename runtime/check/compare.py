@@ -106,7 +106,19 @@ def _latency_rows(
     if after["threads"] != before["threads"]:
         reason = f"the checks ran with {after['threads']} and {before['threads']} threads"
         return [not_measured(name, reason, limit=limit, unit="x")]
+    if reason := _conditions_differ(candidate, deployed):
+        return [not_measured(name, reason, limit=limit, unit="x")]
     return [limit_gate(name, after["p50_ms"] / before["p50_ms"], limit, "x")]
+
+
+def _conditions_differ(candidate: Artifact, deployed: Artifact) -> str:
+    """Why the times of two checks cannot be compared; empty where they can."""
+    conditions = [check.json("check.json").get("conditions", {}) for check in (candidate, deployed)]
+    for who, found in zip(("candidate", "deployed"), conditions, strict=True):
+        if found.get("tainted") or found.get("unknown"):
+            return f"the check of the {who} is no measurement: {(found['tainted'] or found['unknown'])[0]}"
+    modes = [(found.get("power_mode") or {}).get("name") for found in conditions]
+    return "" if modes[0] == modes[1] else f"the checks ran in power modes {modes[0]} and {modes[1]}"
 
 
 def _machine(check: Artifact) -> tuple[Any, ...]:

@@ -12,7 +12,9 @@ from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.evaluate.gates import Result, Row, limit_gate, not_measured, overall_gate, slice_gates
 from fmdeploy.runtime.bundle import Bundle
 from fmdeploy.runtime.check.tier import CheckedTier
+from fmdeploy.runtime.measure.conditions import Conditions
 from fmdeploy.runtime.measure.latency import Speedup, speedup, summary
+from fmdeploy.runtime.measure.memory import PeakMemory
 from fmdeploy.task import Metric
 
 REFERENCE = "fp32"
@@ -78,14 +80,19 @@ def _invalid_rows(tier: CheckedTier, budget: AccuracyBudget) -> list[Row]:
     return [limit_gate(name, tier.invalid_share, budget.max_invalid_share, "1", n_samples=frames)]
 
 
-def prefer(tiers: Sequence[CheckedTier], rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> Preference:
-    """Choose the fastest tier that beats FP32 beyond doubt and whose accuracy rows all pass; else FP32."""
+def prefer(
+    tiers: Sequence[CheckedTier], rows: Sequence[Row], times: Mapping[str, Sequence[float]], why_not: str = ""
+) -> Preference:
+    """Choose the fastest tier that beats FP32 beyond doubt and whose accuracy rows all pass; else FP32.
+
+    `why_not` says why the times are no measurement; then no tier has been shown to be faster.
+    """
     earned: list[tuple[str, Speedup]] = []
     refused: list[str] = []
     for tier in tiers:
         if tier.name == REFERENCE:
             continue
-        reason = _why_not(tier, rows, times)
+        reason = _why_not(tier, rows, times) or why_not
         if reason:
             refused.append(f"{tier.name} is not preferred: {reason}")
         else:
@@ -115,26 +122,29 @@ def _times(gain: Speedup) -> str:
 
 
 def resource_rows(
-    bundle: Bundle, tier: str | None, times: Mapping[str, Sequence[float]], peaks: Mapping[str, float | None],
-    size_mib: float | None, target: TargetBudget,
+    bundle: Bundle, tier: str | None, times: Mapping[str, Sequence[float]], peaks: Mapping[str, PeakMemory],
+    conditions: Conditions, size_mib: float | None, target: TargetBudget,
 ) -> list[Row]:
-    """Return latency and memory rows of the tier that serves, and a size row a model file."""
-    numbers = summary(times.get(tier or "", ()))
+    """Return latency and memory rows of the tier that serves, and a size row a model file.
+
+    What was measured while the machine throttled, swapped or changed its mode is "not measured".
+    """
+    numbers, peak = summary(times.get(tier or "", ())), peaks.get(tier or "", PeakMemory(problem="no tier serves"))
+    slow = conditions.against(target.power_mode)
     found = {
-        "latency p50": (numbers["p50_ms"], target.p50_ms, "ms", numbers["n"]),
-        "latency p99": (numbers["p99_ms"], target.p99_ms, "ms", numbers["n"]),
-        "memory peak": (peaks.get(tier or ""), target.peak_mib, "MiB", None),
+        "latency p50": (numbers["p50_ms"], target.p50_ms, "ms", numbers["n"], slow),
+        "latency p99": (numbers["p99_ms"], target.p99_ms, "ms", numbers["n"], slow),
+        "memory peak": (peak.peak_mib, target.peak_mib, "MiB", None, peak.why_not),
     }
+    elsewhere = "" if target.machine in (None, platform.machine()) else (
+        f"the target is a {target.machine}, this is a {platform.machine()}")
     rows = []
-    for name, (value, limit, unit, runs) in found.items():
+    for name, (value, limit, unit, runs, why_not) in found.items():
         if limit is None:
             continue
-        title = f"{tier or 'no tier'} {name}"
-        if target.machine not in (None, platform.machine()):
-            reason = f"the target is a {target.machine}, this is a {platform.machine()}"
-            rows.append(not_measured(title, reason, limit=limit, unit=unit))
-        else:
-            rows.append(limit_gate(title, value, limit, unit, n_samples=runs))
+        title, reason = f"{tier or 'no tier'} {name}", elsewhere or why_not
+        rows.append(not_measured(title, reason, limit=limit, unit=unit) if reason
+                    else limit_gate(title, value, limit, unit, n_samples=runs))
     return rows + _size_rows(bundle, size_mib)
 
 

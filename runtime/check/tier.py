@@ -14,7 +14,9 @@ from fmdeploy.evaluate.evaluation import Evaluation, evaluate
 from fmdeploy.progress import Bar
 from fmdeploy.runtime.bundle import Bundle
 from fmdeploy.runtime.guards.content import SAMPLES
+from fmdeploy.runtime.loading import Terms
 from fmdeploy.runtime.session import Runtime
+from fmdeploy.runtime.state import INDEPENDENT
 from fmdeploy.runtime.tiers import TierReport, admit_tier
 from fmdeploy.task import Metric, Samples
 
@@ -48,7 +50,8 @@ class CheckedTier:
 
 
 def check_tier(
-    bundle: Bundle, name: str, samples: Samples, metrics: Sequence[Metric], *, threads: int, data: str, bar: Bar
+    bundle: Bundle, name: str, samples: Samples, metrics: Sequence[Metric], *, threads: int, data: str, bar: Bar,
+    terms: Terms | None = None,
 ) -> CheckedTier:
     """Start one tier and evaluate it, frame by frame, through `Runtime.infer`.
 
@@ -59,10 +62,10 @@ def check_tier(
         DataError: A sample is such that the runtime gives no outputs for it.
     """
     try:
-        runtime = Runtime(bundle, tiers=(name,), threads=threads)
+        runtime = Runtime(bundle, tiers=(name,), threads=threads, terms=terms)
     except ModelFileError:
-        return CheckedTier(name, admit_tier(bundle, name, threads)[1])
-    evaluator = Runtime(bundle, tiers=(name,), threads=threads, guards=SAMPLES)
+        return CheckedTier(name, admit_tier(bundle, name, threads, terms)[1])
+    evaluator = Runtime(bundle, tiers=(name,), threads=threads, guards=SAMPLES, policy=INDEPENDENT, terms=terms)
     checked = CheckedTier(name, runtime.reports[0], runtime, evaluator=evaluator)
     checked.evaluation = evaluate(Predictor(checked, bar), samples, metrics, data=data)
     return checked
@@ -86,7 +89,7 @@ class Predictor:
         for row in range(len(next(iter(inputs.values())))):
             frame = runtime.infer({name: array[row] for name, array in inputs.items()})
             if self.count:
-                self.tier.flags.update(reason.value for reason in frame.reasons)
+                self.tier.flags.update({reason.value for reason in frame.reasons})
                 self.tier.num_invalid += not frame.valid
             if not frame.outputs:
                 text = "; ".join(f"{found.code.value} {found.detail}" for found in frame.findings)

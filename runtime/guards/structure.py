@@ -19,7 +19,7 @@ class StructureGuard:
         self.spec, self.name = spec, spec.name
         self.dtype, self.shape = np.dtype(spec.dtype), spec.shape
         shape = spec.shape
-        self._ambiguous = len(shape) == 3 and (shape[1], shape[2], shape[0]) == shape
+        self.ambiguous = len(shape) == 3 and (shape[1], shape[2], shape[0]) == shape
 
     def check(self, value: object, layout: str | None) -> None:
         """Accept exactly what io.json says.
@@ -32,7 +32,7 @@ class StructureGuard:
             raise self._structure_error(value)
         if value.base is not None:
             self._check_owner(value)
-        if layout is None and self._ambiguous:
+        if layout is None and self.ambiguous:
             raise FrameError("any axis could be the channels: state the layout", where=f"input {self.name!r}",
                              expected=self.spec.layout, found=layout)
         if layout is not None and layout != self.spec.layout:

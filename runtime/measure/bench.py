@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -10,10 +11,13 @@ from fmdeploy.command import Outcome, command
 from fmdeploy.config import InputPath, Positional, RunOnly, StageConfig
 from fmdeploy.errors import ModelFileError
 from fmdeploy.runtime.bundle import open_bundle
+from fmdeploy.runtime.loading import Terms
+from fmdeploy.runtime.measure.conditions import describe_machine, watched
 from fmdeploy.runtime.measure.latency import Speedup, golden_frames, measure_latency, measure_overhead, speedup, summary
-from fmdeploy.runtime.measure.memory import probe_peak_mib
+from fmdeploy.runtime.measure.memory import probe_memory
 from fmdeploy.runtime.session import Runtime
 from fmdeploy.runtime.tiers import TIERS
+from fmdeploy.runtime.trial import NO_TARGET
 
 
 class BenchConfig(StageConfig):
@@ -23,38 +27,48 @@ class BenchConfig(StageConfig):
     tiers: tuple[str, ...] = Field(default=TIERS, min_length=1, description="Variants to measure")
     threads: Annotated[int, RunOnly()] = Field(default=1, ge=1, le=256, description="Threads inside one run")
     runs: int = Field(default=300, ge=30, description="Rounds in which every tier takes one frame")
+    engines: InputPath | None = Field(default=None, description="Folder of ENGINEs, for tiers of TensorRT")
+    root: InputPath = Field(
+        default=Path("/"), description="Folder below which /proc, /sys and the board's tools are read; for tests"
+    )
 
 
 @command(BenchConfig)
 def bench(config: BenchConfig) -> Outcome:
-    """Measure latency, memory and the cost of the guards, tiers taking turns."""
+    """Measure latency, memory and the cost of the guards, tiers taking turns, and say under which conditions."""
     bundle = open_bundle(config.bundle)
-    runtimes, refused = start_tiers(config.tiers, bundle, config.threads)
+    runtimes, refused = start_tiers(config.tiers, bundle, config.threads, config.engines)
     if not runtimes:
         raise ModelFileError("no tier passes its self-test here: " + "; ".join(f"{k}: {v}" for k, v in refused.items()),
                              where=config.bundle)
     frames = golden_frames(bundle)
-    times = measure_latency(runtimes, frames, config.runs)
-    data: dict[str, Any] = {"bundle": bundle.digest, "threads": config.threads, "refused": refused, "tiers": {}}
+    times, conditions = watched(lambda: measure_latency(runtimes, frames, config.runs), config.root)
+    data: dict[str, Any] = {"bundle": bundle.digest, "threads": config.threads, "refused": refused, "tiers": {},
+                            "conditions": conditions.to_json(), "environment": describe_machine(config.root)}
     for name, runtime in runtimes.items():
+        memory = probe_memory(bundle, name, threads=config.threads, root=config.root, engines=config.engines)
         data["tiers"][name] = {
             **summary(times[name]),
             "provider": runtime.backend.provider,
             "overhead": measure_overhead(runtime, frames, config.runs),
-            "peak_mib": probe_peak_mib(bundle, name, threads=config.threads),
+            "peak_mib": memory.peak_mib,
+            "memory": memory.to_json(),
         }
     if "fp32" in times:
         data["speedup"] = {n: speedup(times["fp32"], times[n]).__dict__ for n in times if n != "fp32"}
-    return Outcome(tuple(_lines(data)), data)
+    return Outcome((*_lines(data), *conditions.lines()), data)
 
 
-def start_tiers(tiers: tuple[str, ...], bundle: Any, threads: int) -> tuple[dict[str, Runtime], dict[str, str]]:
-    """Start one runtime a tier; return them, and the reasons of those that were refused."""
+def start_tiers(
+    tiers: tuple[str, ...], bundle: Any, threads: int, engines: Path | None = None
+) -> tuple[dict[str, Runtime], dict[str, str]]:
+    """Start one runtime a tier, whatever it costs; return them, and the reasons of those that were refused."""
+    terms = Terms(engines=engines, target=NO_TARGET)
     runtimes: dict[str, Runtime] = {}
     refused: dict[str, str] = {}
     for tier in tiers:
         try:
-            runtimes[tier] = Runtime(bundle, tiers=(tier,), threads=threads)
+            runtimes[tier] = Runtime(bundle, tiers=(tier,), threads=threads, terms=terms)
         except ModelFileError as error:
             refused[tier] = str(error)
     return runtimes, refused

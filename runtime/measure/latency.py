@@ -88,8 +88,9 @@ def measure_overhead(
     """Return the cost of `Runtime.infer` over the bare session, in microseconds, with an A/A control.
 
     A round is infer and twice the bare session, in an order that runs through all six: a call that follows another
-    finds its caches and its memory, and so no side always follows the same one. The overhead is the median of infer
-    minus the mean of the round's two bare runs, the control that of one bare run minus the other.
+    finds its caches and its memory, and so no side always follows the same one. The overhead is the median (and the
+    99th percentile) of infer minus the mean of the round's two bare runs, the control that of one bare run minus the
+    other: what the machine does to any difference of two runs.
 
     Args:
         runtime: What is measured.
@@ -128,13 +129,17 @@ def _overhead(rows: Array) -> dict[str, Any]:
     """Medians over rounds (runs, 3) of bare, infer, bare in microseconds."""
     one, guarded, other = rows.T
     bare_us = (one + other) / 2
+    difference, control = guarded - bare_us, other - one
+    enough = len(rows) >= MIN_RUNS_FOR_P99
     return {
         "runs": len(rows),
         "bare_us": float(np.median(bare_us)),
         "infer_us": float(np.median(guarded)),
-        "overhead_us": float(np.median(guarded - bare_us)),
+        "overhead_us": float(np.median(difference)),
+        "overhead_p99_us": float(np.percentile(difference, 99)) if enough else None,
         "ratio": float(np.median(guarded / bare_us)),
-        "control_us": float(np.median(other - one)),
+        "control_us": float(np.median(control)),
+        "control_p99_us": float(np.percentile(control, 99)) if enough else None,
     }
 
 

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fmdeploy import strictjson
 from fmdeploy.errors import ArtifactError
-from fmdeploy.manifest import MANIFEST_NAME, FileEntry, Kind, Manifest, Parent, read_manifest
-
-CHUNK = 1 << 20
+from fmdeploy.manifest import (
+    FOR_DEVICES,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    FileEntry,
+    Kind,
+    Manifest,
+    Parent,
+    manifest_bytes,
+    parse_manifest,
+)
+from fmdeploy.plainfiles import CHUNK, names_below, open_folder, read_below, verify_below
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified artifact on disk. Treat the folder as read-only."""
+    """A verified artifact on disk. Treat the folder as read-only.
+
+    What is parsed through it (`json`, `tensors`, `read`) is parsed from the very bytes that were hashed.
+    """
 
     root: Path
     manifest: Manifest
+    held: dict[str, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Bytes of payload files that were asked for when it was opened."""
+    manifest_sha256: str = field(default="", compare=False)
+    """sha256 of the file manifest.json that was read; empty where the artifact was written just now."""
 
     @property
     def kind(self) -> Kind:
@@ -54,40 +70,72 @@ class Artifact:
             raise ArtifactError(f"holds no file {name}", where=self.root, fix=f"It is a {self.kind.value}")
         return self.root / name
 
+    def read(self, name: str) -> bytes:
+        """The bytes of the payload file `name`, hashed before they are given out.
+
+        Raises:
+            ArtifactError: the manifest lists no such file, or it changed since the artifact was opened.
+        """
+        if name in self.held:
+            return self.held[name]
+        self.path(name)
+        entry = self.manifest.files[name]
+        with open_folder(self.root) as folder:
+            return read_below(folder, name, self.root, size=entry.size, sha256=entry.sha256,
+                              single=self.kind in FOR_DEVICES)
+
     def json(self, name: str) -> Any:
-        """The payload file `name`, parsed as JSON."""
-        return json.loads(self.path(name).read_bytes())
+        """The payload file `name`, parsed as strict JSON.
+
+        Raises:
+            ArtifactError: it is no strict JSON, or no longer what the manifest says.
+        """
+        try:
+            return strictjson.loads(self.read(name))
+        except ValueError as error:
+            raise ArtifactError(f"is not strict JSON: {error}", where=self.path(name)) from error
 
     def tensors(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
-        """The payload file `name`, read as safetensors into numpy arrays."""
-        from safetensors.numpy import load_file
+        """The payload file `name`, read as safetensors into numpy arrays.
 
-        return dict(load_file(self.path(name)))
+        Raises:
+            ArtifactError: it is no safetensors file, or no longer what the manifest says.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return dict(load(self.read(name)))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"is not a safetensors file: {error}", where=self.path(name)) from error
 
     def parent(self) -> Parent:
         """This artifact as an input of another one."""
         return self.manifest.as_parent()
 
 
-def open_artifact(root: Path | str, *kinds: Kind) -> Artifact:
+def open_artifact(root: Path | str, *kinds: Kind, hold: Collection[str] = ()) -> Artifact:
     """Open and verify the artifact at `root`: manifest, kind, the set of files, every size and every hash.
 
     Args:
         root: The artifact's directory.
         kinds: The kinds that are welcome; none means any.
+        hold: Payload files, where there are such, whose verified bytes are kept: they are read once.
 
     Raises:
         ArtifactError: it is missing, of another kind, has extra or missing files, or one was altered.
     """
     root = Path(root)
-    manifest = read_manifest(root)
-    if kinds and manifest.kind not in kinds:
-        wanted = " or ".join(k.value for k in kinds)
-        raise ArtifactError("is an artifact of another kind", where=root, expected=wanted, found=manifest.kind.value)
-    _verify_listing(root, set(manifest.files))
-    for name, entry in manifest.files.items():
-        _verify_file(root / name, entry)
-    return Artifact(root, manifest)
+    with open_folder(root) as folder:
+        raw = manifest_bytes(folder, root)
+        manifest = parse_manifest(raw, root / MANIFEST_NAME)
+        if kinds and manifest.kind not in kinds:
+            wanted = " or ".join(k.value for k in kinds)
+            raise ArtifactError("is an artifact of another kind", where=root, expected=wanted,
+                                found=manifest.kind.value)
+        _verify_listing(names_below(folder), manifest, root)
+        held = _verify_files(folder, root, manifest, hold)
+    return Artifact(root, manifest, held, hashlib.sha256(raw).hexdigest())
 
 
 def payload_files(root: Path) -> set[str]:
@@ -105,22 +153,21 @@ def entry_of(path: Path) -> FileEntry:
     return FileEntry(sha256=sha.hexdigest(), size=path.stat().st_size)
 
 
-def _verify_listing(root: Path, listed: set[str]) -> None:
-    found = payload_files(root)
-    remedy = "Re-run the stage that wrote it"
+def _verify_listing(found: set[str], manifest: Manifest, root: Path) -> None:
+    listed = set(manifest.files)
+    beside = {MANIFEST_NAME, SIGNATURE_NAME} if manifest.kind is Kind.BUNDLE else {MANIFEST_NAME}
     if missing := sorted(listed - found):
-        raise ArtifactError(f"lacks the file {missing[0]}", where=root, fix=remedy)
-    if extra := sorted(found - listed):
+        raise ArtifactError(f"lacks the file {missing[0]}", where=root, fix="Re-run the stage that wrote it")
+    if extra := sorted(found - listed - beside):
         raise ArtifactError(f"holds a file that its manifest does not list: {extra[0]}", where=root, fix="Remove it")
 
 
-def _verify_file(path: Path, entry: FileEntry) -> None:
-    remedy = "Re-run the stage that wrote it"
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactError("is not a regular file", where=path, fix=remedy)
-    if (size := path.stat().st_size) != entry.size:
-        raise ArtifactError("has another size", where=path, expected=entry.size, found=size, fix=remedy)
-    if (found := entry_of(path).sha256) != entry.sha256:
-        raise ArtifactError(
-            "was altered: sha256 differs", where=path, expected=entry.sha256[:12], found=found[:12], fix=remedy
-        )
+def _verify_files(folder: int, root: Path, manifest: Manifest, hold: Collection[str]) -> dict[str, bytes]:
+    held: dict[str, bytes] = {}
+    single = manifest.kind in FOR_DEVICES
+    for name, entry in manifest.files.items():
+        if name in hold:
+            held[name] = read_below(folder, name, root, size=entry.size, sha256=entry.sha256, single=single)
+        else:
+            verify_below(folder, name, root, size=entry.size, sha256=entry.sha256, single=single)
+    return held

@@ -11,10 +11,14 @@
     min_groups = 6                      # simulations, not frames
     confidence = 0.95
 
-    [target.cpu]                        # one table a target machine
+    [target.cpu]                        # one table a target machine; on a Jetson with power_mode = "25W"
     p50_ms = 10.0
     p99_ms = 40.0
     peak_mib = 400.0
+
+    [sensor_loss.camera]                # the model may run without this input; one table a declared mode
+    fill = "zeros"                      # what it sees instead
+    max_drop = 0.25                     # relative to the same tier with all inputs
 
 A limit that is left out is not gated and gives no row. A limit that is there is measured or not passed.
 """
@@ -24,10 +28,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fmdeploy.config import read_toml, validate
+from fmdeploy.config import parse_toml, read_toml, validate
 from fmdeploy.errors import ConfigError
 
 SLICES = ("scenario", "weather", "rare")
@@ -64,9 +69,21 @@ class TargetBudget(_Table):
     """Limits on one target machine."""
 
     machine: str | None = Field(default=None, description="`uname -m` of the target; elsewhere nothing is measured")
+    power_mode: str | None = Field(
+        default=None, min_length=1, description="Name of the board's power mode, such as '25W'; in others: not measured"
+    )
     p50_ms: float | None = Field(default=None, gt=0, description="Median of Runtime.infer, guards included")
     p99_ms: float | None = Field(default=None, gt=0)
-    peak_mib: float | None = Field(default=None, gt=0, description="Peak resident memory of a fresh process")
+    peak_mib: float | None = Field(
+        default=None, gt=0, description="Peak memory of a fresh process; on a Jetson with what the GPU takes"
+    )
+
+
+class SensorLoss(_Table):
+    """A declared mode: frames without one input run, and what that costs is measured."""
+
+    fill: Literal["zeros", "calibration-mean"] = Field(description="What the model sees instead of the sensor")
+    max_drop: float = Field(ge=0, lt=1, description="Against the same tier with all inputs")
 
 
 class Budgets(_Table):
@@ -75,6 +92,9 @@ class Budgets(_Table):
     accuracy: AccuracyBudget
     target: dict[str, TargetBudget] = Field(default_factory=dict)
     size_mib: float | None = Field(default=None, gt=0, description="Largest size of one model file")
+    sensor_loss: dict[str, SensorLoss] = Field(
+        default_factory=dict, description="Inputs that may be missing; a frame without any other is not valid"
+    )
 
     def for_target(self, name: str | None) -> tuple[str, TargetBudget]:
         """Return the target called `name`; without a name, the only one, or an empty one where there is none.
@@ -105,6 +125,15 @@ def read_budgets(path: Path) -> Budgets:
     return validate(Budgets, read_toml(path), where=path)
 
 
+def parse_budgets(raw: bytes, path: Path) -> Budgets:
+    """Read the bytes of a budgets file, which were verified; `path` is for messages.
+
+    Raises:
+        ConfigError: They are not TOML, or have unknown keys or values out of range.
+    """
+    return validate(Budgets, parse_toml(raw, path), where=path)
+
+
 def _lines(budgets: Budgets) -> Iterator[str]:
     if budgets.size_mib is not None:
         yield f"size_mib = {budgets.size_mib!r}"
@@ -113,6 +142,9 @@ def _lines(budgets: Budgets) -> Iterator[str]:
     for name, target in budgets.target.items():
         yield f"\n[target.{_quoted(name)}]"
         yield from _table(target)
+    for name, loss in budgets.sensor_loss.items():
+        yield f"\n[sensor_loss.{_quoted(name)}]"
+        yield from _table(loss)
 
 
 def _table(table: _Table) -> Iterator[str]:

@@ -44,9 +44,20 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "build": Verb("fmdeploy.export.tensorrt.build:build", "Build and prove a TensorRT engine, on the device."),
     "estimate": Verb("fmdeploy.estimate.estimate:estimate", "Predict the latency on a device, with a band."),
     "check": Verb("fmdeploy.runtime.check.check:check", "Measure every budget here; exit 1 when one fails."),
+    "evaluate": Verb("fmdeploy.runtime.trouble.evaluate:evaluate", "Accuracy and validity when sensors fail."),
     "compare": Verb("fmdeploy.runtime.check.compare:compare", "Gate a candidate against what is deployed."),
     "run": Verb("fmdeploy.runtime.run:run", "Run a bundle over a dataset."),
     "bench": Verb("fmdeploy.runtime.measure.bench:bench", "Latency and memory of a bundle here."),
+    "serve": Verb("fmdeploy.runtime.serve.serve:serve", "Serve a bundle over HTTP: KServe v2, metrics."),
+    "doctor": Verb("fmdeploy.jetson.doctor:doctor", "Say what this board is, what is wrong, and how to fix it."),
+    "container": {
+        "build": Verb("fmdeploy.jetson.container.build:build", "Build the runtime image for a Jetson."),
+        "run": Verb("fmdeploy.jetson.container.run:run", "Serve a bundle from a container without rights."),
+        "write": Verb("fmdeploy.jetson.container.write:write", "Write compose.yaml and systemd units for a host."),
+    },
+    "sign": Verb("fmdeploy.runtime.signing:sign", "Sign a bundle with a bare key (OpenSSF Model Signing)."),
+    "verify": Verb("fmdeploy.runtime.signing:verify", "Verify a bundle and its signature."),
+    "unpack": Verb("fmdeploy.runtime.unpack:unpack", "Unpack an archived bundle without trusting it."),
     "report": Verb("fmdeploy.evaluate.report:report", "One self-contained HTML page from artifacts."),
     "show": Verb("fmdeploy.show:show", "Print an artifact and its lineage."),
 }
@@ -121,12 +132,14 @@ def run_stage(stage: Any, config_file: Path | None, as_json: bool, flags: dict[s
     """Run one stage, print its outcome and exit with its code."""
     from fmdeploy.command import outcome_of
     from fmdeploy.config import load_config
+    from fmdeploy.records import records_to
 
     given = {key: value for key, value in flags.items() if value is not None and value != ()}
     config = load_config(stage.config, given, file=config_file)
-    with naming_what_to_install():  # a stage imports late what only some of its ways need
+    # A stage imports late what only some of its ways need.
+    with naming_what_to_install(), records_to(show if as_json else None):
         outcome = outcome_of(stage.run(config))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0 and outcome.data is not None:  # None: it said everything itself
         show(json.dumps(outcome.data, sort_keys=True) if as_json else "\n".join(outcome.lines))
     sys.exit(outcome.exit_code)
 

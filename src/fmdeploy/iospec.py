@@ -6,11 +6,14 @@ Training, calibration, evaluation, export and runtime all use this object: what 
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fmdeploy.manifest import canonical
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class TensorSpec(BaseModel):
@@ -45,13 +48,27 @@ class IOSpec(BaseModel):
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     preprocessing: str = Field(description="Says how raw sensor data becomes these inputs; part of the digest")
+    rig: dict[str, str] = Field(
+        default_factory=dict,
+        description="Name of a sensor → sha256 of its calibration (intrinsics, extrinsics): the model fits no other",
+    )
 
     @model_validator(mode="after")
     def _unique(self) -> IOSpec:
         names = [spec.name for spec in (*self.inputs, *self.outputs)]
         if len(set(names)) != len(names):
             raise ValueError(f"names repeat: {names}")
+        if wrong := [sensor for sensor, digest in self.rig.items() if not SHA256.fullmatch(digest)]:
+            raise ValueError(f"rig: {wrong[0]!r} does not name a sha256")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_rig(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave an empty rig out, so that specifications from before it keep their digest."""
+        plain: dict[str, Any] = handler(self)
+        if not self.rig:
+            del plain["rig"]
+        return plain
 
     @property
     def digest(self) -> str:

@@ -11,16 +11,23 @@ import hashlib
 import json
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fmdeploy import strictjson
 from fmdeploy.errors import ArtifactError
+from fmdeploy.likely import cause_of
+from fmdeploy.plainfiles import HEAD_BYTES, open_below, open_folder, read_at_most
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "model.sig"  # the one file of a BUNDLE that no manifest lists: it signs the manifest
 MAX_MANIFEST_BYTES = 32 * 2**20
 SHA256 = r"^[0-9a-f]{64}$"
+# What goes to a device is bounded: a bundle that does not fit is no bundle.
+MAX_DEVICE_FILES = 1000
+MAX_DEVICE_BYTES = 8 * 2**30
 
 
 class Kind(str, Enum):
@@ -34,10 +41,15 @@ class Kind(str, Enum):
     BUNDLE = "BUNDLE"
     ENGINE = "ENGINE"
     CHECK = "CHECK"
+    EVALUATION = "EVALUATION"
 
+
+FOR_DEVICES = (Kind.BUNDLE, Kind.ENGINE)
+AnyKind = Annotated[Kind, Field(strict=False)]  # JSON has no enumerations
+Stage = Annotated[str, Field(max_length=100, pattern=r"^[ -~]*$")]
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class FileEntry(_Strict):
@@ -50,8 +62,8 @@ class FileEntry(_Strict):
 class Parent(_Strict):
     """An input of an artifact, with that input's own inputs: the lineage travels with the child."""
 
-    kind: Kind
-    stage: str
+    kind: AnyKind
+    stage: Stage
     digest: str = Field(pattern=SHA256)
     inputs: dict[str, Parent] = {}
 
@@ -59,9 +71,9 @@ class Parent(_Strict):
 class Manifest(_Strict):
     """The content of `manifest.json` without its seal."""
 
-    kind: Kind
+    kind: AnyKind
     schema_version: int
-    stage: str
+    stage: Stage
     config: dict[str, Any]
     inputs: dict[str, Parent]
     files: dict[str, FileEntry]
@@ -71,10 +83,17 @@ class Manifest(_Strict):
     @classmethod
     def _names_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == MANIFEST_NAME:
-                raise ValueError(f"file name {name!r} leaves the artifact")
+            if why := unusable_name(name):
+                raise ValueError(f"file name {name[:80]!r} {why}")
         return files
+
+    @model_validator(mode="after")
+    def _fits_a_device(self) -> Manifest:
+        if self.kind in FOR_DEVICES:
+            total = sum(entry.size for entry in self.files.values())
+            if len(self.files) > MAX_DEVICE_FILES or total > MAX_DEVICE_BYTES:
+                raise ValueError(f"{len(self.files)} files of {total} bytes are more than a device takes")
+        return self
 
     @property
     def digest(self) -> str:
@@ -101,40 +120,77 @@ def request_key(kind: Kind, stage: str, config: dict[str, Any], inputs: dict[str
     return _sha256({"kind": kind.value, "stage": stage, "config": config, "inputs": roles})
 
 
+def unusable_name(name: str) -> str:
+    """Why `name` cannot name a payload file; empty where it can."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name in ("", "."):
+        return "leaves the artifact"
+    if name in (MANIFEST_NAME, SIGNATURE_NAME):
+        return "leaves the artifact: it describes the payload and is no part of it"
+    if not name.isprintable() or len(name) > 1000 or max(len(part.encode()) for part in path.parts) > 255:
+        return "is not a name that a file system takes"  # also lone surrogates, which are not printable
+    return ""
+
+
 def read_manifest(root: Path) -> Manifest:
     """Read, bound, unseal and validate `root/manifest.json`.
 
     Raises:
         ArtifactError: it is missing, not a regular file, too large, not strict JSON, altered or of another schema.
     """
+    with open_folder(root) as folder:
+        return parse_manifest(manifest_bytes(folder, root), root / MANIFEST_NAME)
+
+
+def manifest_bytes(folder: int, root: Path) -> bytes:
+    """The bytes of the manifest below an open folder.
+
+    Raises:
+        ArtifactError: it is missing, not a regular file, or too large.
+    """
     path = root / MANIFEST_NAME
-    if not root.exists():
-        raise ArtifactError("no such artifact", where=root, fix="Check the path, or run the stage that writes it")
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactError("is not an fmdeploy artifact: it has no manifest.json", where=root)
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ArtifactError("is too large", where=path, expected=f"at most {MAX_MANIFEST_BYTES} bytes")
-    return _parse(path.read_bytes(), path)
+    try:
+        with open_below(folder, MANIFEST_NAME, root) as (stream, status):
+            raw = b"" if status.st_size > MAX_MANIFEST_BYTES else read_at_most(stream, MAX_MANIFEST_BYTES + 1)
+            size = max(status.st_size, len(raw))
+    except ArtifactError as error:
+        if "permissions" in (error.fix or ""):
+            raise
+        raise ArtifactError("is not an fmdeploy artifact: it has no manifest.json that is a file", where=root
+                            ) from error
+    if size > MAX_MANIFEST_BYTES:
+        raise ArtifactError("is too large", where=path, expected=f"at most {MAX_MANIFEST_BYTES} bytes", found=size)
+    return raw
 
 
-def _parse(raw: bytes, path: Path) -> Manifest:
+def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    """Unseal and validate the bytes of a manifest; `path` is for messages.
+
+    Raises:
+        ArtifactError: it is not strict JSON, altered or of another schema.
+    """
     remedy = "The artifact was altered or cut short: re-run the stage that wrote it"
     try:
-        body = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        if cause := cause_of(raw[:HEAD_BYTES]):
+            raise ValueError(cause)
+        if b"\r" in raw:
+            raise ValueError("its lines end in CR LF: it was copied by something that converts text")
+        body = strictjson.loads(raw)
+    except ValueError as error:
         raise ArtifactError(f"is not strict JSON: {error}", where=path, fix=remedy) from error
     if not isinstance(body, dict):
         raise ArtifactError("is not a JSON object", where=path, fix=remedy)
     if (version := body.get("schema_version")) != SCHEMA_VERSION:
         raise ArtifactError(
-            "has another schema version", where=path, expected=SCHEMA_VERSION, found=version, fix="Re-run the stage"
+            "has another schema version", where=path, expected=SCHEMA_VERSION, found=repr(version)[:80],
+            fix="Re-run the stage"
         )
     seal = body.pop("seal", None)
     try:
         manifest = Manifest.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(map(str, first["loc"]))[:200]
         raise ArtifactError(f"is not valid at {place!r}: {first['msg']}", where=path, fix=remedy) from error
     if seal != _sha256(body):
         raise ArtifactError("does not match its seal", where=path, fix=remedy)
@@ -148,14 +204,3 @@ def canonical(value: Any) -> bytes:
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("duplicate key")
-    return out
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

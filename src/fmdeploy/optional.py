@@ -30,6 +30,8 @@ EXTRA_OF = {
     "starlette": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
+    "httptools": "serve",
+    "uvloop": "serve",
     "sklearn": "dev",
 }
 HINT = {

@@ -19,6 +19,7 @@ from fmdeploy.errors import ConfigError
 from fmdeploy.iospec import IOSpec
 
 if TYPE_CHECKING:
+    from numpy.random import Generator
     from torch import Tensor, nn
 
     from fmdeploy.data.format import Dataset
@@ -111,6 +112,13 @@ class Task(ABC):
 
     def baselines(self) -> Mapping[str, Callable[[Arrays], Arrays]]:
         """Trivial predictions that a network must beat: name → function from inputs to outputs. Default: none."""
+        return {}
+
+    def corruptions(self) -> Mapping[str, Mapping[str, Callable[[Arrays, Generator], Arrays]]]:
+        """Faults that only the task can make from its inputs, for `evaluate`: name → level → function. Default: none.
+
+        A function takes one frame's inputs (no batch axis) and random numbers, and returns new arrays.
+        """
         return {}
 
     def panel(self, values: Arrays) -> Array:

@@ -136,7 +136,7 @@ def splits(tmp_path: Path, arrays: Arrays) -> Any:
 
 
 def test_M27_calibration_that_holds_an_evaluation_sample(tmp_path: Path, fdti: Fdti) -> None:
-    arrays = {"image": np.random.default_rng(0).random((12, 3, 32, 32), np.float32), "label": np.arange(12) % 10}
+    arrays: Arrays = {"image": np.random.default_rng(0).random((12, 3, 32, 32), np.float32), "label": np.arange(12) % 10}
     data, task = splits(tmp_path, arrays), load_task("image-classification")
     leaked = CalibrationSet(("own/0",), {"image": arrays["image"][10:11]}, data.digest, 0)
     with fdti.detecting("calibration holds a test sample"), pytest.raises(DataError, match="held-out"):
@@ -144,7 +144,7 @@ def test_M27_calibration_that_holds_an_evaluation_sample(tmp_path: Path, fdti: F
 
 
 def test_M27_control_training_samples_may_calibrate(tmp_path: Path) -> None:
-    arrays = {"image": np.random.default_rng(0).random((12, 3, 32, 32), np.float32), "label": np.arange(12) % 10}
+    arrays: Arrays = {"image": np.random.default_rng(0).random((12, 3, 32, 32), np.float32), "label": np.arange(12) % 10}
     data, task = splits(tmp_path, arrays), load_task("image-classification")
     own = CalibrationSet(("own/0",), {"image": arrays["image"][3:4]}, data.digest, 0)
     refuse_overlap(own, task, data)

@@ -117,7 +117,11 @@ def test_bundle_holds_every_promised_file(home: Path) -> None:
         assert min(parity["sqnr_db"].values()) >= floor
         assert min(parity["cosine"].values()) > 0.998
     assert min(metrics["qdq_graph"]["sqnr_db"].values()) >= 40
-    assert IOSpec.model_validate(bundle.json("io.json")).inputs[0].name == "lidar"
+    io = IOSpec.model_validate(bundle.json("io.json"))
+    assert io.inputs[0].name == "lidar"
+    known = bundle.json("input_statistics.json")
+    assert known["outputs"].keys() == {spec.name for spec in io.outputs}
+    assert all(len(known["inputs"][spec.name]["energy_std"]) == spec.shape[0] for spec in io.inputs)
     assert read_budgets(bundle.path("budgets.toml")).accuracy.metric == "iou"
     assert "| model.int8-cpu.onnx |" in bundle.path("card.md").read_text()
 

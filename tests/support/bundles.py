@@ -107,7 +107,9 @@ def statistics(batch: Arrays) -> dict[str, Any]:
     found = {}
     for name, array in batch.items():
         means = array.mean(axis=(2, 3), dtype=np.float64)
+        energies = np.square(array, dtype=np.float64).mean(axis=(2, 3))
         found[name] = {"channel_mean": means.mean(0).tolist(), "channel_std": means.std(0).tolist(),
+                       "energy_mean": energies.mean(0).tolist(), "energy_std": energies.std(0).tolist(),
                        "min": float(array.min()), "max": float(array.max())}
     return {"inputs": found}
 

@@ -30,3 +30,12 @@ class Fdti:
         start = time.perf_counter()
         yield
         self.report(1e3 * (time.perf_counter() - start), detail)
+
+    @contextmanager
+    def raising(self, detail: str = "") -> Iterator[None]:
+        """Measure the block up to the error that refuses the fault; the error goes on."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report(1e3 * (time.perf_counter() - start), detail)

@@ -138,6 +138,25 @@ COMPILED = {"api": "tensorrt-rtx", "version": "1.7.1.116", "proves": "It compile
             "files": {"int8": {"engine_bytes": 2 * 2**20, "counts": {"FP16": 2, "INT8": 11}, "layers": [LAYER]}}}
 
 
+TROUBLE: dict[str, Any] = {
+    "metric": "iou", "tier": "int8-cpu", "deadline_ms": 300.0, "hz": 5.0, "data": "d:test",
+    "rows": [
+        {"fault": "clean", "level": "", "frames": 120, "valid": 1.0, "reasons": {}, "value_unguarded": 0.37,
+         "drop_unguarded": 0.0, "value_valid": 0.37, "clean_valid": 0.37, "drop_valid": 0.0, "interval": [0.0, 0.0],
+         "groups": 8},
+        {"fault": "NaN", "level": "1% of the values", "frames": 120, "valid": 0.0, "reasons": {"NOT_FINITE": 1.0},
+         "value_unguarded": 0.36, "drop_unguarded": 0.02, "value_valid": None, "clean_valid": None, "drop_valid": None,
+         "interval": None, "groups": 0},
+    ],
+}
+
+
+def troubled(draft: Draft) -> None:
+    """What `evaluate` writes."""
+    draft.write_json("trouble.json", TROUBLE)
+    draft.write_json("metrics.json", {})
+
+
 def pipeline(root: Path, gates: Result = Result.PASS) -> dict[str, Artifact]:
     """Role → artifact, of a whole pipeline."""
     data = dataset(root / "data")
@@ -165,4 +184,5 @@ def pipeline(root: Path, gates: Result = Result.PASS) -> dict[str, Artifact]:
         write_model(draft, load_task("bev-occupancy"), data, "int8", ".int8-cpu")
 
     check = make(root / "check", Kind.CHECK, {"bundle": bundle, "data": data}, measured)
-    return {"data": data, "teacher": teacher, "student": student, "scratch": scratch, "bundle": bundle, "check": check}
+    trouble = make(root / "trouble", Kind.EVALUATION, {"bundle": bundle, "data": data}, troubled)
+    return {"trouble": trouble, "data": data, "teacher": teacher, "student": student, "scratch": scratch, "bundle": bundle, "check": check}

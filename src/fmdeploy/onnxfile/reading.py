@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 from onnx import ModelProto
 
 from fmdeploy.errors import ModelFileError
+from fmdeploy.likely import cause_of
 from fmdeploy.onnxfile.external import embed_external_data
 from fmdeploy.onnxfile.grids import check_grids
 from fmdeploy.onnxfile.header import check_header
@@ -70,7 +71,7 @@ def _parse(content: bytes) -> ModelProto:
     try:
         model.ParseFromString(content)
     except Exception as error:  # protobuf's DecodeError has no public base class
-        raise ModelFileError(f"is not an ONNX model, or not all of it: {_first_line(error)}",
+        raise ModelFileError(f"is not an ONNX model, or not all of it: {cause_of(content[:512]) or _first_line(error)}",
                              fix="Export or copy it again") from error
     broken = next((text for text in _texts(model) if not isinstance(text, str)), None)
     if broken is not None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, one thread, with the provider asserted."""
+"""ONNX Runtime on the CPU, as the stages that look at models use it: sessions and predictors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 
 from fmdeploy.arrays import Arrays
-from fmdeploy.errors import ModelFileError
 from fmdeploy.iospec import IOSpec
-from fmdeploy.optional import require
-
-PROVIDER = "CPUExecutionProvider"
+from fmdeploy.ortsession import ort_session
 
 
 def cpu_session(model: bytes | Path, *, threads: int = 1, optimise: bool = True) -> Any:
@@ -27,21 +24,8 @@ def cpu_session(model: bytes | Path, *, threads: int = 1, optimise: bool = True)
     Raises:
         ModelFileError: ONNX Runtime refuses the model, or would not run it on the CPU.
     """
-    ort = require("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    source = str(model) if isinstance(model, Path) else model
-    try:
-        session = ort.InferenceSession(source, options, providers=[PROVIDER])
-    except Exception as error:  # onnxruntime's exceptions have no common public base class
-        where = model.name if isinstance(model, Path) else "model"
-        raise ModelFileError(f"ONNX Runtime refuses it: {str(error).splitlines()[0][:160]}", where=where) from error
-    if session.get_providers() != [PROVIDER]:
-        raise ModelFileError("runs on another provider", expected=PROVIDER, found=session.get_providers())
-    return session
+    where = model.name if isinstance(model, Path) else "model"
+    return ort_session(model, threads=threads, optimise=optimise, where=where)
 
 
 def run_model(model: bytes | Path, feeds: Arrays, *, optimise: bool = True) -> Arrays:

@@ -125,6 +125,13 @@ class BevOccupancy(Task):
         sized = functools.partial(functools.partial, horizons=len(HORIZONS), scenes=len(SCENES))
         return {"copy lidar": sized(copy_lidar), "copy lidar | camera": sized(copy_both)}
 
+    def corruptions(self) -> Mapping[str, Mapping[str, Callable[[Arrays, np.random.Generator], Arrays]]]:
+        """Fog of three visibilities."""
+        from fmdeploy.tasks.bev_fog import fog
+
+        return {"fog": {f"{metres} m visibility": functools.partial(fog, visibility_m=metres)
+                        for metres in (100, 50, 25)}}
+
     def panel(self, values: Arrays) -> Array:
         """A picture (64, 64, 3) uint8 of one sample: vehicles by horizon in colour on the drivable area."""
         if "bev" in values:

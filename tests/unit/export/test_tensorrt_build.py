@@ -15,12 +15,13 @@ from fmdeploy.artifact import Artifact
 from fmdeploy.draft import Draft
 from fmdeploy.errors import ArtifactError, ConfigError, GateError, MissingError, ModelFileError
 from fmdeploy.export.tensorrt import build as build_module
-from fmdeploy.export.tensorrt.build import BuildConfig, Place, build_engine_artifact
+from fmdeploy.export.tensorrt.build import BuildConfig, build_engine_artifact
 from fmdeploy.export.tensorrt.builder import FLAGS, Problem
 from fmdeploy.export.tensorrt.isolated import Ended
 from fmdeploy.jetson.machine import available_mib, l4t_release, power_mode
 from fmdeploy.manifest import Kind
 from fmdeploy.runtime.backends.tensorrt_api import installed
+from fmdeploy.runtime.engines.key import Place
 from support.bundles import fp32_model, inputs, make_bundle, run_model
 from support.fake_tensorrt import fake_api, host_cuda
 from support.processes import FMDEPLOY

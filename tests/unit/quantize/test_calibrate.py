@@ -21,6 +21,7 @@ from fmdeploy.quantize.build import build
 from fmdeploy.quantize.calibrate import Calibration, CalibrationSet, calibrate, draw, input_statistics, redraw
 from fmdeploy.quantize.grid import fp16_amax
 from fmdeploy.quantize.ptq import ptq
+from fmdeploy.quantize.samples import output_statistics
 from fmdeploy.task import Arrays, load_task
 from support.quantize_nets import Residual, bev_student, image_net, samples_of, zero_gamma
 
@@ -184,4 +185,14 @@ def test_input_statistics_describe_each_channel() -> None:
     assert found["x"]["channel_std"] == [0.0, pytest.approx(np.std([0, 1, 2, 3]))]
     assert (found["x"]["channel_min"], found["x"]["channel_max"]) == ([0.0, 0.0], [0.0, 3.0])
     assert (found["x"]["min"], found["x"]["max"], found["x"]["samples"]) == (0.0, 3.0, 4)
+    assert found["x"]["energy_mean"] == [0.0, 3.5]
+    assert found["x"]["energy_std"] == [0.0, pytest.approx(np.std([0, 1, 4, 9]))]
     assert len(found["flat"]["channel_mean"]) == 1
+
+
+def test_output_statistics_are_root_mean_squares_of_samples() -> None:
+    y = np.array([[3.0, -3.0], [0.0, 0.0], [1.0, 7.0]], np.float32)
+    found = output_statistics({"y": y, "huge": np.full((2, 3), 1e30, np.float32)})
+    assert found["y"] == {"rms_mean": pytest.approx(8 / 3), "rms_std": pytest.approx(np.std([3, 0, 5])),
+                          "rms_min": 0.0, "rms_max": 5.0}
+    assert found["huge"]["rms_max"] == pytest.approx(1e30), "squares that float32 cannot hold"

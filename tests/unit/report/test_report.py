@@ -86,7 +86,7 @@ def test_every_picture_has_words(parts: Parts, tmp_path: Path) -> None:
     assert len(images) >= 6 * 5
     assert all(image["alt"] for image in images)
     labels = re.findall(r'role="img" aria-label="([^"]+)"', text)
-    assert len(labels) == text.count('<svg xmlns="http://www.w3.org/2000/svg"') == 6
+    assert len(labels) == text.count('<svg xmlns="http://www.w3.org/2000/svg"') == 7
     assert any("IoU" in label or "iou at t, +0.4s, +0.8s, +1.6s" in label for label in labels)
 
 

@@ -15,7 +15,7 @@ from fmdeploy.runtime import Runtime, open_bundle
 from fmdeploy.runtime.check.gatefiles import junit, markdown, text_lines
 from fmdeploy.runtime.measure.bench import bench
 from fmdeploy.runtime.measure.latency import golden_frames, interleave, measure_overhead, speedup, summary
-from fmdeploy.runtime.measure.memory import peak_mib, probe_peak_mib
+from fmdeploy.runtime.measure.memory import peak_mib, probe_memory
 from support.runtimes import frame, runtime, toy_bundle
 
 
@@ -73,10 +73,12 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert here > 20
     assert peak_mib(tmp_path / "nothing") is None
     bundle = open_bundle(toy_bundle())
-    probed = probe_peak_mib(bundle, "fp32", threads=1)
+    probed = probe_memory(bundle, "fp32", threads=1).peak_mib
     assert probed is not None
     assert 20 < probed < here, "a fresh process, not this one, which has loaded the tests"
-    assert probe_peak_mib(bundle, "int4", threads=1) is None
+    refused = probe_memory(bundle, "int4", threads=1)
+    assert refused.peak_mib is None
+    assert refused.why_not == "int4 does not run in a process of its own (exit 1)"
 
 
 def test_bench_command() -> None:
@@ -88,6 +90,11 @@ def test_bench_command() -> None:
     assert {"overhead_us", "control_us", "ratio"} <= set(row["overhead"])
     assert row["peak_mib"] > 20
     assert set(found.data["speedup"]) == {"int8-cpu"}
+    assert row["memory"]["process_mib"] == row["peak_mib"]
+    assert found.data["conditions"]["swap_ins"] is not None
+    assert found.data["conditions"]["rate_hz"] > 0
+    assert {"processor", "packages", "machine", "l4t", "board"} <= set(found.data["environment"])
+    assert any(line.startswith("conditions: ") for line in found.lines)
     assert any("times as fast as fp32" in line for line in found.lines)
 
 

@@ -19,6 +19,7 @@ from fmdeploy.evaluate.report.accuracy import (
     slice_table,
     slices_section,
 )
+from fmdeploy.evaluate.report.alarms import AlarmRow, alarm_rows
 from fmdeploy.evaluate.report.latency import Tier, latency_section
 from fmdeploy.evaluate.report.limits import limits, proofs
 from fmdeploy.evaluate.report.panels import Example, panels_section
@@ -36,6 +37,7 @@ from fmdeploy.evaluate.report.tables import (
 )
 from fmdeploy.evaluate.report.tensorrt import TensorRt, tensorrt_section
 from fmdeploy.evaluate.report.training import training_section
+from fmdeploy.evaluate.report.trouble import Trouble, trouble_section
 from fmdeploy.evaluate.report.verdict import Verdict, verdict_of
 from fmdeploy.optional import require
 
@@ -73,8 +75,10 @@ class Page:
     training: Picture | str
     precision: Precision | None
     tensorrt: TensorRt | str
+    trouble: Trouble | str
     latency: Picture | str
     tiers: list[Tier]
+    alarms: list[AlarmRow]
     examples: tuple[list[str], list[Example]] | str
     legend: str
     lineage: list[LineageRow]
@@ -88,8 +92,8 @@ class Page:
     def not_given(self) -> tuple[str, ...]:
         """Sections that could not be made, each with the reason."""
         sections = {"channels": self.channels, "slices": self.slices, "reliability": self.reliability,
-                    "TensorRT": self.tensorrt, "training": self.training, "latency": self.latency,
-                    "examples": self.examples}
+                    "TensorRT": self.tensorrt, "trouble": self.trouble, "training": self.training,
+                    "latency": self.latency, "examples": self.examples}
         missing = tuple(f"{name}: {value}" for name, value in sections.items() if isinstance(value, str))
         return (*missing, *(("verdict: no CHECK",) if self.verdict.result == "not given" else ()))
 
@@ -124,8 +128,10 @@ def build_page(sources: Sources, title: str) -> Page:
         training=training_section(sources),
         precision=precision_section(sources),
         tensorrt=tensorrt_section(sources),
+        trouble=trouble_section(sources),
         latency=latency,
         tiers=tiers,
+        alarms=alarm_rows(sources),
         examples=panels_section(sources),
         legend=sources.task.panel_legend if sources.task else "",
         lineage=lineage_rows(sources),

@@ -1,0 +1,1 @@
+"""The container of the device: built without network, run without rights, healthy only when the runtime is ready."""

@@ -1,0 +1,1 @@
+"""The runtime in two processes: a worker that can be killed, and a parent that publishes."""
