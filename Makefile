@@ -49,6 +49,11 @@ bench: demo
 	$(BIN)/python benchmarks/estimate_orin.py
 	$(BIN)/python benchmarks/estimate_cpu.py
 	$(BIN)/python benchmarks/runtime_overhead.py --bundle $(OUT)/bundle
+	$(BIN)/python benchmarks/supervised_overhead.py --bundle $(OUT)/bundle
+	$(BIN)/python benchmarks/serve_throughput.py --bundle $(OUT)/bundle
+	$(BIN)/python benchmarks/serve_throughput.py --bundle $(OUT)/bundle --supervisor
+	$(BIN)/python benchmarks/cold_start.py $(OUT)/bundle
+	$(BIN)/python benchmarks/false_alarms.py --demo $(OUT)
 	$(BIN)/python benchmarks/label_draws.py --demo $(OUT)
 
 # 30 minutes at 20 % faults through the real server, and 10,000 frames on the model of the demo.

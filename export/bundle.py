@@ -36,7 +36,7 @@ from fmdeploy.quantize.quantize import require_same_data
 from fmdeploy.quantize.samples import output_statistics
 from fmdeploy.quantize.scores import carry_over, held_out_splits
 from fmdeploy.quantize.store import load_quantized
-from fmdeploy.runtime.onnxcheck.checks import check_model
+from fmdeploy.runtime.onnxcheck.checks import check_model, remarks
 from fmdeploy.runtime.onnxcheck.interface import Declared
 from fmdeploy.task import Samples, Task
 
@@ -151,11 +151,12 @@ def _statistics(source: Source) -> dict[str, Any]:
 def _require_admissible(
     task: Task, variants: Variants, metrics: dict[str, Any], checked: dict[str, Any] | None
 ) -> None:
-    """Put every file through the device's own checks: what it would refuse is not worth shipping."""
+    """Put every file through the device's own checks: what it would refuse is not worth shipping; say what is odd."""
     for name in variants.names:
         path, placed = variants.path(name), checked["required_int8"] if checked and name == "int8" else ()
         declared = Declared(name.startswith("int8"), metrics["variants"][name]["quantize_pairs"], tuple(placed))
-        check_model(path.read_bytes(), task.io, where=path, declared=declared)
+        for remark in remarks(check_model(path.read_bytes(), task.io, where=path, declared=declared)):
+            say(f"{name}: {remark}")
 
 
 def _references(source: Source) -> dict[str, Predict]:

@@ -11,7 +11,8 @@ from fmdeploy.jetson.reading import children, read_number
 CPUS, DEVFREQ = Path("sys/devices/system/cpu"), Path("sys/class/devfreq")
 GPU = re.compile(r"gpu|ga10b|gv11b|gp10b|gm20b", re.IGNORECASE)
 DIP = 0.95  # a clock below this share of the floor that was asked for was pushed down
-_SHOWN = re.compile(r"^\s*(\S+?):?\s.*?MinFreq=(\d{1,12}) MaxFreq=(\d{1,12}) CurrentFreq=(\d{1,12})", re.MULTILINE)
+_SHOWN = re.compile(r"^[ \t]*(\S+?):?[ \t].*?MinFreq=(\d{1,12}) MaxFreq=(\d{1,12}) CurrentFreq=(\d{1,12})",
+                    re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fmdeploy.jetson.reading import read_text
+
+MAX_BYTES = 1 << 26  # the list of all packages of a board is some MiB
 RELEASE = Path("etc/nv_tegra_release")
 PACKAGES = Path("var/lib/dpkg/status")
 POWER_STATUS = Path("var/lib/nvpmodel/status")
@@ -62,7 +65,4 @@ def available_mib(root: Path = Path("/")) -> int | None:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return read_text(path, MAX_BYTES) or ""

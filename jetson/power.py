@@ -15,10 +15,11 @@ from fmdeploy.jetson.binaries import TIMEOUT_S, ask, find_program
 from fmdeploy.jetson.machine import POWER_MODES, POWER_STATUS
 from fmdeploy.jetson.reading import children, read_int, read_text
 
-_NAME = re.compile(r"^\s*NV Power Mode:\s*(\S.*?)\s*$", re.MULTILINE)
-_ID = re.compile(r"^\s*(\d{1,4})\s*$", re.MULTILINE)
-_MODEL = re.compile(r"^\s*<\s*POWER_MODEL\s+ID=(\d{1,4})\s+NAME=(\S+)\s*>", re.MULTILINE)
-_CORE = re.compile(r"^\s*CPU_ONLINE\s+CORE_(\d{1,3})\s+([01])\s*$", re.MULTILINE)
+# Blanks within a line, never line ends: `^\s*` would look through all empty lines again from each of them.
+_NAME = re.compile(r"^[ \t]*NV Power Mode:[ \t]*(\S.*)$", re.MULTILINE)
+_ID = re.compile(r"^[ \t]*(\d{1,4})[ \t\r]*$", re.MULTILINE)
+_MODEL = re.compile(r"^[ \t]*<[ \t]*POWER_MODEL[ \t]+ID=(\d{1,4})[ \t]+NAME=(\S+)[ \t]*>", re.MULTILINE)
+_CORE = re.compile(r"^[ \t]*CPU_ONLINE[ \t]+CORE_(\d{1,3})[ \t]+([01])[ \t\r]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def parse_query(text: str) -> PowerMode | None:
     if found is None:
         return None
     number = _ID.search(text, found.end())
-    return PowerMode(found[1], int(number[1]) if number else None)
+    return PowerMode(found[1].rstrip(), int(number[1]) if number else None)
 
 
 def modes(root: Path = Path("/")) -> list[Mode]:

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import re
 import signal
-import subprocess
 import sys
 
 TIMEOUT_S = 120.0
@@ -41,6 +40,8 @@ def import_problem(package: str) -> str:
         Why it does not import, one line, with the missing shared library and what to do where one is named; empty
         where it imports.
     """
+    import subprocess  # late: a start that asks nothing must not pay for it
+
     command = [sys.executable, "-c", f"import {package}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False,

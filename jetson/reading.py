@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 MAX_BYTES = 1 << 20
 
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str | None:
-    """Return a file's text, at most `limit` bytes of it; None where it cannot be read. Bad UTF-8 is replaced."""
+    """Return a file's text, at most `limit` bytes of it; None where it cannot be read. Bad UTF-8 is replaced.
+
+    It never waits: a FIFO that stands in for a file is empty, or unreadable.
+    """
     try:
-        with path.open("rb") as stream:
-            return stream.read(limit).decode("utf-8", errors="replace")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return None
+    try:
+        return _read(handle, limit).decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+
+
+def _read(handle: int, limit: int) -> bytes:
+    parts: list[bytes] = []
+    while limit > 0 and (chunk := os.read(handle, min(limit, 1 << 16))):
+        parts.append(chunk)
+        limit -= len(chunk)
+    return b"".join(parts)
 
 
 def read_number(path: Path) -> float | None:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from fmdeploy.arrays import Array, Arrays
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.budgets import Budgets, parse_budgets
-from fmdeploy.config import validate
 from fmdeploy.errors import ArtifactError
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.manifest import Kind
-from fmdeploy.runtime.onnxcheck.checks import check_model
+from fmdeploy.record import Field, Record, read_record
+from fmdeploy.runtime.onnxcheck.checks import check_model, remarks
 from fmdeploy.runtime.onnxcheck.interface import Declared
+from fmdeploy.runtime.onnxcheck.model import Model
 from fmdeploy.runtime.signature import Signature, signature_of
 
 # Files that are read when a bundle is opened: from the very bytes that were hashed.
@@ -28,17 +28,17 @@ PARSED = ("io.json", "input_statistics.json", "golden.json", "golden.safetensors
           "tensorrt.json")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+class _Lenient(Record):
+    forbids_unknown = False
 
 
-class VariantTolerance(_Strict):
+class VariantTolerance(_Lenient):
     """How far a variant's outputs may be from the golden ones on another machine."""
 
     sqnr_db: float = Field(description="Smallest signal-to-quantisation-noise ratio, in dB, over all golden samples")
 
 
-class GoldenIndex(_Strict):
+class GoldenIndex(_Lenient):
     """golden.json."""
 
     variants: dict[str, VariantTolerance]
@@ -48,7 +48,7 @@ class GoldenIndex(_Strict):
     )
 
 
-class InputStatistics(_Strict):
+class InputStatistics(_Lenient):
     """What the calibration set looked like to one input."""
 
     channel_mean: tuple[float, ...]
@@ -59,7 +59,7 @@ class InputStatistics(_Strict):
     max: float | None = None
 
 
-class OutputStatistics(_Strict):
+class OutputStatistics(_Lenient):
     """What the calibration set gave at one output: root mean squares of its samples."""
 
     rms_mean: float = Field(ge=0)
@@ -68,7 +68,7 @@ class OutputStatistics(_Strict):
     rms_max: float = Field(ge=0)
 
 
-class StatisticsFile(_Strict):
+class StatisticsFile(_Lenient):
     """input_statistics.json."""
 
     inputs: dict[str, InputStatistics]
@@ -136,10 +136,17 @@ class Bundle:
             ArtifactError: The bundle has no such variant, or the file changed since it was opened.
             ModelFileError: The model is not one that may run here, see `onnxcheck`.
         """
+        raw, _ = self._checked(variant)
+        return raw
+
+    def remarks(self, variant: str) -> tuple[str, ...]:
+        """What is odd about one variant's file, though it may run; raises as `model_bytes` does."""
+        return tuple(f"{variant}: {remark}" for remark in remarks(self._checked(variant)[1]))
+
+    def _checked(self, variant: str) -> tuple[bytes, Model]:
         name = f"model.{variant}.onnx"
         raw = self.artifact.read(name)
-        check_model(raw, self.io, where=self.artifact.path(name), declared=self.declared(variant))
-        return raw
+        return raw, check_model(raw, self.io, where=self.artifact.path(name), declared=self.declared(variant))
 
 
 def open_bundle(root: Path | str | Bundle, *, require_signature: Path | None = None) -> Bundle:
@@ -181,7 +188,7 @@ def _parse(model: type[Any], artifact: Artifact, name: str) -> Any:
     raw = artifact.json(name)
     if not isinstance(raw, dict):
         raise ArtifactError("is not a JSON object", where=artifact.path(name))
-    return validate(model, raw, where=artifact.path(name))
+    return read_record(model, raw, where=artifact.path(name))
 
 
 def _golden(artifact: Artifact, io: IOSpec) -> Golden:

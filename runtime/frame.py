@@ -23,6 +23,7 @@ class Reason(str, Enum):
     FROZEN = "FROZEN"  # the same content again and again, with moving stamps
     TORN = "TORN"  # half of one frame and half of the one before it
     UNUSUAL_INPUT = "UNUSUAL_INPUT"  # far from the calibration set's statistics; a warning
+    OUT_OF_DISTRIBUTION = "OUT_OF_DISTRIBUTION"  # so far from them that the model was never shown anything like it
     SENSOR_MISSING = "SENSOR_MISSING"  # a sensor is not there, and the bundle declares no mode without it
     SENSOR_MODE = "SENSOR_MODE"  # a sensor is not there, as the bundle declares and measured it; a warning
     # What the stamps and the stream say

@@ -8,9 +8,14 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from fmdeploy.arrays import Arrays
+from fmdeploy.errors import FmdeployError
 from fmdeploy.runtime.bundle import Bundle
 from fmdeploy.runtime.frame import Frame
+from fmdeploy.runtime.state import EventKind
 from fmdeploy.runtime.tiers import TierReport
+
+# What others may tell a runtime. All else it finds out itself: a self-test that was only claimed would be no proof.
+AROUND = frozenset({EventKind.THROTTLED, EventKind.COOL, EventKind.MEMORY_LOW, EventKind.MEMORY_OK})
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ class PerceptionRuntime(Protocol):
     def health(self) -> Health:
         """Say how it is."""
 
+    def note(self, kind: EventKind, detail: str = "") -> None:
+        """Say what was seen of the machine around it: one of `AROUND`. From any thread, also while a frame runs."""
+
     def reset(self) -> None:
         """The operator unlatches SAFE_OUTPUT: load, self-test, and serve again if it passes."""
 
@@ -97,3 +105,14 @@ class PerceptionRuntime(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close it."""
+
+
+def require_around(kind: EventKind) -> None:
+    """Check that an event is one that others may tell.
+
+    Raises:
+        FmdeployError: It is not.
+    """
+    if kind not in AROUND:
+        raise FmdeployError("is nothing that others may tell a runtime", where=kind.value,
+                            expected=", ".join(sorted(one.value for one in AROUND)))

@@ -137,9 +137,12 @@ class Inference:
             found, innocent = self._explain(error, backend)
             return Result({}, (*findings, found), tier, model, provider, scores, innocent)
         self._raised = False
-        outputs = {name: array[0] for name, array in zip(self._names, results, strict=True)}
-        broken = self.guards.outputs(outputs)
-        unusable = broken and any(found.code not in WARNINGS for found in broken)
+        outputs: Arrays = {}
+        for name, array in zip(self._names, results, strict=True):  # no comprehension: that is a function of its own
+            outputs[name] = array[0]
+        if not (broken := self.guards.outputs(outputs)):
+            return Result(outputs, tuple(findings), tier, model, provider, scores)
+        unusable = any(found.code not in WARNINGS for found in broken)
         return Result({} if unusable else outputs, (*findings, *broken), tier, model, provider, scores)
 
     def self_test(self, sample: int | None = None) -> TierReport:

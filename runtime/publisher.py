@@ -218,7 +218,7 @@ class Publisher:
         if outputs:
             self._completed = ticket.seq
         age_ms = (end - ticket.stamp_ns) / NS_PER_MS
-        if ticket.deadline_ms is not None and age_ms > ticket.deadline_ms and outputs:
+        if ticket.deadline_ms is not None and not age_ms <= ticket.deadline_ms and outputs:
             text = f"{age_ms:.1f} ms old, deadline {ticket.deadline_ms:g} ms"
             findings, outputs = (*findings, Finding(Reason.LATE, text)), {}
         if not ticket.not_taken:
@@ -296,13 +296,15 @@ class Publisher:
 
     def _judge_stamp(self, stamp: int, now: int, deadline: float | None) -> tuple[Finding, ...]:
         last = self._last_stamp
+        if not stamp > 0:  # also what is no number; zero is a stamp that nobody set
+            return (Finding(Reason.BAD_STAMP, f"{stamp} is no time of a sensor"),)
         if stamp > now:
             return (Finding(Reason.BAD_STAMP, f"{(stamp - now) / NS_PER_MS:.1f} ms in the future"),)
         if stamp <= last:
             word = "repeats" if stamp == last else "is older than"
             return (Finding(Reason.BAD_STAMP, f"the stamp {word} the previous one"),)
         self._last_stamp = stamp
-        if deadline is not None and now - stamp > deadline * NS_PER_MS:
+        if deadline is not None and not now - stamp <= deadline * NS_PER_MS:  # not: what is no number is never met
             text = f"{(now - stamp) / NS_PER_MS:.1f} ms old on arrival, deadline {deadline:g} ms"
             return (Finding(Reason.STALE, text),)
         return ()

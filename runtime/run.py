@@ -20,11 +20,11 @@ from pydantic import Field
 
 from fmdeploy.arrays import Arrays
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, RequiredKey, RunOnly, StageConfig
 from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ArtifactError, FrameError, MissingError
+from fmdeploy.jsonlines import emit, somebody_listens
 from fmdeploy.progress import progress
-from fmdeploy.records import emit, somebody_listens
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import Frame
 from fmdeploy.runtime.guards.content import SAMPLES
@@ -47,8 +47,7 @@ class RunConfig(StageConfig):
     task: str = Field(default="", description="Task that reads the dataset; default: the bundle's")
     tiers: tuple[str, ...] = Field(default=TIERS, min_length=1, description="Variants to try, best first")
     threads: Annotated[int, RunOnly()] = Field(default=1, ge=1, le=256, description="Threads inside one run")
-    require_signature: InputPath | None = Field(default=None,
-                                                description="Run only a bundle signed for this public key (PEM)")
+    require_signature: RequiredKey = None
     keep_going: bool = Field(default=False, description="Record frames that are not valid instead of stopping")
 
 

@@ -16,7 +16,7 @@ from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import Frame
 from fmdeploy.runtime.guards.content import GuardConfig
 from fmdeploy.runtime.guards.sensors import check_rig
-from fmdeploy.runtime.health import Health
+from fmdeploy.runtime.health import Health, require_around
 from fmdeploy.runtime.inference import Inference
 from fmdeploy.runtime.loading import Terms
 from fmdeploy.runtime.publisher import Clock, Publisher
@@ -164,6 +164,17 @@ class Runtime:
         if os.getpid() != self._pid:
             raise forked()
         return self.publisher.health()
+
+    def note(self, kind: EventKind, detail: str = "") -> None:
+        """Say what was seen of the machine: heat or memory. From any thread, also while a frame runs.
+
+        Raises:
+            FmdeployError: It is none of `health.AROUND`.
+        """
+        require_around(kind)
+        if commands := self.publisher.tell(kind, detail):
+            with self._lock:
+                self._do(commands)
 
     def reset(self) -> None:
         """The operator unlatches SAFE_OUTPUT: the tier is loaded anew and tested, and serves again if it passes."""

@@ -27,6 +27,9 @@ from fmdeploy.manifest import MANIFEST_NAME, MAX_DEVICE_BYTES, MAX_DEVICE_FILES,
 MAX_RATIO = 100  # bytes out for a byte in; sparse grids of 0 and 1 come near 50
 FREE_BYTES = 64 * 2**20  # below this the ratio does not matter
 CHUNK = 1 << 20
+MAX_HEADER_BYTES = 1 << 16
+EXTRA_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+                 tarfile.GNUTYPE_LONGLINK)
 REFUSED = "Nothing was unpacked. Ask for another archive"
 
 
@@ -55,11 +58,21 @@ def unpack(config: UnpackConfig) -> Artifact:
         scratch.mkdir(parents=True)
         _unpack(config.archive, scratch)
         found = _artifact_in(scratch)
-        open_artifact(found)
+        _open(found, config.archive)
         os.rename(found, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return open_artifact(out)
+
+
+def _open(found: Path, archive: Path) -> None:
+    """Verify what came out; errors name the archive, since the folder will be gone."""
+    try:
+        open_artifact(found)
+    except ArtifactError as error:
+        where = str(error.where).replace(str(found), str(archive))
+        raise ArtifactError(error.what, where=where, expected=error.expected, found=error.found, fix=error.fix
+                            ) from error
 
 
 def _artifact_in(folder: Path) -> Path:
@@ -117,6 +130,19 @@ class Meter:
                                 expected=f"at most {self.limit} bytes", fix=REFUSED)
 
 
+class BoundedInfo(tarfile.TarInfo):
+    """A member whose extra headers are short: long names and attributes are read whole, before anybody asks."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedInfo:
+        """Make a member of its header block."""
+        found = super().frombuf(buf, encoding, errors)
+        if found.size > MAX_HEADER_BYTES and found.type in EXTRA_HEADERS:
+            raise ArtifactError("holds a header that is too large", where="tar archive", expected=MAX_HEADER_BYTES,
+                                found=found.size, fix=REFUSED)
+        return found
+
+
 class Metered:
     """The decompressed stream below tarfile: its headers count as well, since they can be as large as they say."""
 
@@ -149,7 +175,8 @@ def _unpack_tar(stream: IO[bytes], head: bytes, folder: Path, meter: Meter, arch
         raise ArtifactError(f"is neither a tar nor a zip archive: {cause_of(head) or 'unknown content'}", where=archive,
                             fix="Pack the folder with tar -czf")
     seen: set[str] = set()
-    with tarfile.open(fileobj=Metered(packed, meter), mode="r|", bufsize=1 << 16) as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=Metered(packed, meter), mode="r|", bufsize=1 << 16,  # type: ignore[call-overload]
+                      tarinfo=BoundedInfo) as tar:
         for member in tar:
             if member.isdir():
                 continue

@@ -39,7 +39,8 @@ class BuildConfig(StageConfig):
     arch: Literal["arm64", "amd64"] | None = Field(default=None, description="Architecture; default: this machine's")
     wheels: InputPath | None = Field(default=None, description="Folder of ready wheels; default: fetched with pip")
     source: InputPath | None = Field(default=None, description="Checkout of fmdeploy; default: the one that runs")
-    constraint: InputPath | None = Field(default=None, description="Constraints file of pip for the fetched wheels")
+    constraints: InputPath | None = Field(
+        default=None, description="Constraints file of pip to choose other versions; default: the locked wheels")
 
 
 @command(BuildConfig)
@@ -56,7 +57,7 @@ def build(config: BuildConfig) -> Outcome:
             copy_wheels(config.wheels, context / "wheels")
         else:
             gather(context / "wheels", source=config.source, python=config.python or PYTHONS[config.jetpack], arch=arch,
-                   constraint=config.constraint)
+                   constraints=config.constraints)
         shutil.copy2(RECIPES / f"Dockerfile.jp{config.jetpack}", context / "Dockerfile")
         sizes = {wheel.name: wheel.stat().st_size for wheel in sorted((context / "wheels").glob("*.whl"))}
         image = build_image(client, context, **build_options(config))

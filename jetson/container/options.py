@@ -41,6 +41,8 @@ class Settings(StageConfig):
     tmp_mib: int = Field(default=64, ge=1, le=65536, description="Size of /tmp, the only writable folder, MiB")
     start_s: Annotated[int, RunOnly()] = Field(default=900, ge=1, le=7200,
                                                description="Time for the first start, which builds engines, seconds")
+    health_s: Annotated[int, RunOnly()] = Field(default=10, ge=1, le=600,
+                                                description="Time for one health check, seconds")
 
     @property
     def image(self) -> str:
@@ -109,7 +111,7 @@ def command(settings: Settings) -> list[str]:
 def healthcheck(settings: Settings) -> dict[str, Any]:
     """How the engine asks for health; until `start_s` is over a failure does not count, as the first start builds."""
     return {"test": ["CMD", "python3", "-m", "fmdeploy.jetson.container.healthcheck", SOCKET],
-            "interval": 5 * SECOND_NS, "timeout": 10 * SECOND_NS, "retries": 3,
+            "interval": 5 * SECOND_NS, "timeout": settings.health_s * SECOND_NS, "retries": 3,
             "start_period": settings.start_s * SECOND_NS}
 
 

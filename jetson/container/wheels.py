@@ -16,6 +16,7 @@ from fmdeploy.errors import InputError, MissingError
 
 EXTRAS = "serve,sign"
 PROJECT_FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+LOCKS = Path(__file__).resolve().parents[1]
 GLIBC = {"3.10": 35, "3.11": 36, "3.12": 39}
 """Python of the base image → minor version of its glibc 2.x: Ubuntu 22.04, Debian 12, Ubuntu 24.04."""
 MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
@@ -23,7 +24,7 @@ SETUPTOOLS = 77
 LAST_LINES = 4
 
 
-def gather(folder: Path, *, source: Path | None, python: str, arch: str, constraint: Path | None) -> None:
+def gather(folder: Path, *, source: Path | None, python: str, arch: str, constraints: Path | None) -> None:
     """Fill `folder` with wheels of fmdeploy, of what it needs on the device, and of pip.
 
     Args:
@@ -31,19 +32,42 @@ def gather(folder: Path, *, source: Path | None, python: str, arch: str, constra
         source: A checkout of fmdeploy; None means the one that runs now.
         python: Python of the base image, like 3.10.
         arch: Architecture of the base image, as Docker names it.
-        constraint: A pip constraints file, or None.
+        constraints: A pip constraints file to choose other versions within; None means the locked wheels.
 
     Raises:
-        MissingError: pip cannot fetch them, this Python is another version, or there is no checkout.
+        MissingError: pip cannot fetch them, nothing is locked for this Python, or there is no checkout.
     """
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if here != python:
+    if constraints and here != python:
         # pip evaluates `python_version < "3.11"` for the interpreter that runs it, not for --python-version.
-        raise MissingError("wheels for the image must be fetched by the image's version of Python", expected=python,
-                           found=here, fix=f"Run fmdeploy with python{python} (the device has it), or give --wheels")
+        raise MissingError("wheels for the image must be chosen by the image's version of Python", expected=python,
+                           found=here, fix=f"Run fmdeploy with python{python}, or leave --constraints out")
+    if not (constraints or lock_of(python).is_file()):
+        raise MissingError(f"no wheels are locked for Python {python}", where=lock_of(python),
+                           fix=f"Run fmdeploy with python{python} and give --constraints, or give --wheels")
     own = build_own(folder, source or find_checkout())
-    limits = ["--constraint", str(constraint)] if constraint else []
-    pip(["download", "--dest", str(folder), *foreign(python, arch), *limits, f"{own}[{EXTRAS}]", "pip"])
+    if constraints:
+        resolve(folder, own, python=python, arch=arch, constraints=constraints)
+    else:
+        fetch_locked(folder, lock_of(python), python=python, arch=arch)
+
+
+def lock_of(python: str) -> Path:
+    """Where the locked wheels of a Python are named (fmdeploy.jetson.container.lock writes it)."""
+    return LOCKS / f"wheels-cp{python.replace('.', '')}.lock"
+
+
+def fetch_locked(folder: Path, lock: Path, *, python: str, arch: str) -> None:
+    """Fetch exactly the files whose hashes are in `lock`; whichever Python runs this, nothing is left to choose."""
+    pip(["download", "--dest", str(folder), "--no-deps", "--require-hashes", "--only-binary=:all:",
+         *foreign(python, arch), "--requirement", str(lock)])
+
+
+def resolve(folder: Path, own: Path, *, python: str, arch: str, constraints: Path | None) -> None:
+    """Let pip choose what the wheel `own` needs, as new as `constraints` allow."""
+    limits = ["--constraint", str(constraints)] if constraints else []
+    pip(["download", "--dest", str(folder), "--only-binary=:all:", *foreign(python, arch), *limits,
+         f"{own}[{EXTRAS}]", "pip"])
 
 
 def find_checkout() -> Path:
@@ -80,11 +104,11 @@ def build_own(folder: Path, source: Path) -> Path:
 
 
 def foreign(python: str, arch: str) -> Iterator[str]:
-    """Flags of `pip download` for a base image of another architecture; none where it is this machine's."""
+    """Flags of `pip download` for a base image unlike this machine and its Python; none where it is alike."""
     machine = MACHINES.get(arch, arch)
-    if machine == platform.machine():
+    if machine == platform.machine() and python == f"{sys.version_info.major}.{sys.version_info.minor}":
         return
-    yield from ("--only-binary=:all:", "--python-version", python, "--implementation", "cp")
+    yield from ("--python-version", python, "--implementation", "cp")
     for abi in (f"cp{python.replace('.', '')}", "abi3", "none"):
         yield from ("--abi", abi)
     for minor in range(17, GLIBC.get(python, 35) + 1):

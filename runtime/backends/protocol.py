@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from fmdeploy.arrays import Array, Arrays
@@ -37,9 +38,12 @@ class Backend(Protocol):
 class DeviceLostError(FmdeployError):
     """The device fails every further call of this process: only a new process can help."""
 
+    exit_code = 1  # neither a bug nor a part that is missing: a service manager shall start the process again
+
 
 def close(backend: Backend) -> None:
-    """Give back the device memory of a backend that holds any."""
+    """Give back the device memory of a backend that holds any; a device that is lost has none to give back."""
     give_back = getattr(backend, "close", None)
     if give_back is not None:
-        give_back()
+        with suppress(FmdeployError):  # another tier must be able to take over
+            give_back()

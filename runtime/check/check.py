@@ -17,7 +17,7 @@ from pydantic import Field
 from fmdeploy.artifact import Artifact
 from fmdeploy.budgets import Budgets, read_budgets
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, RequiredKey, RunOnly, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.environment import describe_environment, package_versions
@@ -25,6 +25,7 @@ from fmdeploy.errors import ArtifactError, ConfigError, GateError
 from fmdeploy.evaluate.evaluation import Evaluation, data_key
 from fmdeploy.evaluate.examples import save_examples
 from fmdeploy.evaluate.gates import Row, gates_pass
+from fmdeploy.jetson.telemetry import Telemetry
 from fmdeploy.manifest import Kind
 from fmdeploy.progress import progress
 from fmdeploy.runtime.bundle import Bundle, open_bundle
@@ -64,8 +65,7 @@ class CheckConfig(StageConfig):
     root: InputPath = Field(
         default=Path("/"), description="Folder below which /proc, /sys and the board's tools are read; for tests"
     )
-    require_signature: InputPath | None = Field(default=None,
-                                                description="Check only a bundle signed for this public key (PEM)")
+    require_signature: RequiredKey = None
     again: Annotated[bool, RunOnly()] = Field(default=False, description="Measure anew and replace the CHECK at --out")
 
 
@@ -166,9 +166,11 @@ class CheckJob:
         tiers = self._tiers(samples)
         running = {tier.name: tier.runtime for tier in tiers if tier.runtime is not None}
         frames = golden_frames(self.bundle)
-        times, conditions = watched(lambda: measure_latency(running, frames, self.request.runs), self.place.root)
-        peaks = {name: probe_memory(self.bundle, name, threads=self.request.threads, root=self.place.root,
-                                    engines=self.place.engines) for name in running}
+        with Telemetry(self.place.root) as eyes:
+            times, conditions = watched(lambda: measure_latency(running, frames, self.request.runs),
+                                        self.place.root, eyes)
+            peaks = {name: probe_memory(self.bundle, name, threads=self.request.threads, root=self.place.root,
+                                        engines=self.place.engines, telemetry=eyes) for name in running}
         teacher = self._teacher()
         rows = [seen_row(self.bundle.artifact, self.data, samples.ids),
                 *accuracy_rows(tiers, teacher, self.metric, self.limits.accuracy),
@@ -207,7 +209,8 @@ class CheckJob:
         draft.write_json("metrics.json", {"values": values, "samples": len(samples)})
         draft.write_json("latency.json", {name: {"ms": ms, "threads": self.request.threads}
                                           for name, ms in measured.times.items()})
-        notes = [preference.reason, self.bundle.signature.note(), *measured.lines(), *_alarms(tiers, len(samples))]
+        notes = [preference.reason, self.bundle.signature.note(), *measured.lines(), *_alarms(tiers, len(samples)),
+                 *_remarks(self.bundle, tiers)]
         draft.write_json("check.json", {
             "bundle": self.bundle.digest, "data": self.data.digest, "task": self.request.task,
             "split": self.request.split, "target": self.request.target, "machine": self.request.machine,
@@ -235,6 +238,12 @@ def _primary(metrics: Sequence[Metric], name: str) -> Metric:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _remarks(bundle: Bundle, tiers: Sequence[CheckedTier]) -> list[str]:
+    """What is odd about the files that run."""
+    variants = dict.fromkeys(TABLE[tier.name].variant for tier in tiers if tier.runtime is not None)
+    return [remark for variant in variants for remark in bundle.remarks(variant)]
 
 
 def _alarms(tiers: Sequence[CheckedTier], frames: int) -> list[str]:

@@ -7,32 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from fmdeploy.arrays import Array, Arrays
+from fmdeploy.arrays import Array
 from fmdeploy.iospec import TensorSpec
 from fmdeploy.runtime.bundle import OutputStatistics
 from fmdeploy.runtime.frame import Finding, Reason
 
 
 class OutputGuard:
-    """The checks of one output."""
+    """One output of floats: the band of its energy, and what it means to leave it."""
 
     def __init__(self, spec: TensorSpec, known: OutputStatistics | None, sigma: float) -> None:
         """Without `known` statistics, or with `sigma` 0, only NaN and infinity are looked for."""
         self.name, self._known = spec.name, known
-        self._float = np.dtype(spec.dtype).kind == "f"
-        self._low, self._high = -math.inf, float(np.finfo(np.float64).max)
+        self.low, self.high = -math.inf, float(np.finfo(np.float64).max)
         if known is not None and sigma:
             reach = sigma * known.rms_std
             cells = math.prod(spec.shape)
-            self._low = cells * max(min(known.rms_min, known.rms_mean - reach), 0.0) ** 2
-            self._high = cells * max(known.rms_max, known.rms_mean + reach) ** 2
+            self.low = cells * max(min(known.rms_min, known.rms_mean - reach), 0.0) ** 2
+            self.high = cells * max(known.rms_max, known.rms_mean + reach) ** 2
 
     def check(self, array: Array, found: list[Finding]) -> None:
         """Append to `found` what speaks against an output."""
-        if not self._float or self._low <= float(np.vdot(array, array)) <= self._high:
+        if self.low <= float(np.vdot(array, array)) <= self.high:
             return
         if not np.isfinite(array).all():
             found.append(Finding(Reason.NOT_FINITE_OUTPUT, f"{self.name}: NaN or infinity"))
@@ -43,16 +43,18 @@ class OutputGuard:
             found.append(Finding(Reason.UNUSUAL_OUTPUT, text))
 
 
+class Band(NamedTuple):
+    """Between which energies an output is taken without a word."""
+
+    name: str
+    low: float
+    high: float
+    guard: OutputGuard
+
+
 def output_guards(
     specs: tuple[TensorSpec, ...], known: Mapping[str, OutputStatistics], sigma: float
-) -> dict[str, OutputGuard]:
-    """One guard an output, by name."""
-    return {spec.name: OutputGuard(spec, known.get(spec.name), sigma) for spec in specs}
-
-
-def check_outputs(guards: Mapping[str, OutputGuard], outputs: Arrays) -> list[Finding]:
-    """Return what speaks against the outputs of one run."""
-    found: list[Finding] = []
-    for name, array in outputs.items():
-        guards[name].check(array, found)
-    return found
+) -> tuple[Band, ...]:
+    """One band an output that has NaN: integers cannot be broken."""
+    guards = [OutputGuard(spec, known.get(spec.name), sigma) for spec in specs if np.dtype(spec.dtype).kind == "f"]
+    return tuple(Band(guard.name, guard.low, guard.high, guard) for guard in guards)

@@ -13,7 +13,7 @@ For the same reason an end that stands still for longer than `TORN_FRAMES` is ta
 
 from __future__ import annotations
 
-from operator import ne
+from operator import eq, itemgetter, ne
 
 import numpy as np
 
@@ -38,19 +38,20 @@ class StreamGuard:
         self._channels, self._config = plan.channels, config
         self._last, self._before = b"", b""  # probes of the last two frames
         self._held: list[Array] = []
-        self._same_if_constant = _neighbours(plan)
-        self._ends = _ends(plan)
-        self._pieces = [b""] * len(self._ends)  # of the last probe
+        ends = _ends(plan)
+        # One call cuts all pieces of a probe: the ends, and two that are equal in a constant picture.
+        self._cut = itemgetter(*ends, *_neighbours(plan))
+        self._last_ends: tuple[bytes, ...] = (b"",) * len(ends)
         self._frames, self._torn_frames = 0, 0
-        self._stood_still = [0] * len(self._ends)  # the last frame in which each end did
+        self._stood_still = [0] * len(ends)  # the last frame in which each end did
 
     def check(self, views: Views, found: list[Finding]) -> None:
         """Append to `found` what speaks against a frame."""
         probe, last, config = views.probe.tobytes(), self._last, self._config
-        if config.low_information:
-            one, other = self._same_if_constant
-            if probe[one] == probe[other] and views.value.size > 1 and is_constant(views.value, self._channels):
-                found.append(Finding(Reason.LOW_INFORMATION, f"{self.name}: every channel is constant"))
+        pieces = self._cut(probe)
+        if (config.low_information and pieces[-1] == pieces[-2] and views.value.size > 1
+                and is_constant(views.value, self._channels)):
+            found.append(Finding(Reason.LOW_INFORMATION, f"{self.name}: every channel is constant"))
         if not config.frozen_after:
             return
         if probe == last or probe == self._before:
@@ -60,15 +61,14 @@ class StreamGuard:
                 found.append(Finding(Reason.FROZEN, f"{self.name}: the same bytes for {self.repeats + 1} frames{turn}"))
         elif self.repeats:
             self._held, self.repeats = [], 0
-        self._before, self._last = last, probe
-        pieces, still, self._frames = [probe[end] for end in self._ends], self._stood_still, self._frames + 1
-        for number, piece in enumerate(pieces):
-            if piece == self._pieces[number]:
+        known, self._last_ends, self._before, self._last = self._last_ends, pieces[:-2], last, probe
+        still, self._frames = self._stood_still, self._frames + 1
+        for number, stands in enumerate(map(eq, known, pieces)):
+            if stands:
                 if self._frames - still[number] > LIVE_AFTER:
-                    self._judge_ends(pieces, found)
+                    self._judge_ends(list(map(ne, known, pieces)), found)
                     break
                 still[number] = self._frames
-        self._pieces = pieces
 
     def _compare(self, value: Array) -> None:
         """The probe repeats: compare the bytes with the frames that were held when it first did."""
@@ -77,10 +77,9 @@ class StreamGuard:
         else:
             self._held, self.repeats = [*self._held[-1:], value.copy()], 1
 
-    def _judge_ends(self, pieces: list[bytes], found: list[Finding]) -> None:
+    def _judge_ends(self, moved: list[bool], found: list[Finding]) -> None:
         """An end that always moves stood still: torn, if another such end moved."""
         now, still = self._frames, self._stood_still
-        moved = list(map(ne, pieces, self._pieces))
         live = [now - at > LIVE_AFTER for at in still]
         # The first end is the upper half of an early channel; the others are older where a frame is torn, or newer.
         torn = live[0] and any(lives and moves != moved[0] for lives, moves in zip(live[1:], moved[1:], strict=True))

@@ -1,16 +1,17 @@
-"""Are the inputs like the calibration set? Distances in its standard deviations, and a warning where one is large.
+"""Are the inputs like the calibration set? Distances in its standard deviations: a warning or, far away, a refusal.
 
 Two statistics: the mean of a channel (night, fog, swapped colours, a range of 0..255) and the energy, the sum of
 squares, of a group of channels (blur and noise, which leave a mean where it was). Reading all channels in every frame
 would cost more than all other guards together, so each frame gives one look in turn: at one mean or one energy of one
 input. The inputs take turns too: what befalls a whole picture is seen within as many frames as there are inputs, twice
 that where only one of the two statistics tells; what befalls one channel waits for its turn, at most `num_looks`
-frames. A warning stands until the same look is taken again.
+frames. A warning stands until the same look is taken again; what refused a frame is looked at again in the next one.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -93,12 +94,14 @@ class UnusualGuard:
     """All looks at all inputs, one a frame."""
 
     def __init__(self, plans: Sequence[Plan], statistics: Sequence[InputStatistics], config: GuardConfig) -> None:
-        self._sigma, self._every = config.unusual_sigma, config.every_channel
+        self._refuse = config.refuse_sigma or math.inf
+        self._sigma, self._every = min(config.unusual_sigma, self._refuse), config.every_channel
         looks = [_looks(at, plan, known, self._sigma)
                  for at, (plan, known) in enumerate(zip(plans, statistics, strict=True))]
         self._looks = [look for turn in itertools.zip_longest(*looks) for look in turn if look is not None]
         self._next = 0
-        self._warnings: dict[int, Finding] = {}
+        self._warnings: dict[int, Finding] = {}  # and refusals
+        self._refused: set[int] = set()
         self._distances: list[list[float]] = [[0.0] * len(each) for each in looks]
         self._keys = [f"{plan.spec.name}.distance" for plan in plans]
         self.scores: dict[str, float] = {}
@@ -109,22 +112,38 @@ class UnusualGuard:
         return 1 if self._every else len(self._looks)
 
     def check(self, views: Sequence[Views | None], found: list[Finding]) -> None:
-        """Take the next look, or all of them, and append the warnings that stand."""
+        """Take the next look, or all of them, and append the warnings and refusals that stand."""
+        if self._refused and not self._every:
+            for turn in tuple(self._refused):
+                self._take(turn, views)
         for _ in range(len(self._looks) if self._every else 1):
             turn = self._next
             self._next = turn + 1 if turn + 1 < len(self._looks) else 0
-            look = self._looks[turn]
-            view = views[look.input]
-            distance = 0.0 if view is None else abs(look.value(view) - look.expected) * look.per_sigma
-            known = self._distances[look.input]
-            known[look.slot] = distance
-            self.scores[self._keys[look.input]] = max(known)
-            if view is not None and not distance <= self._sigma:
-                self._warnings[turn] = Finding(Reason.UNUSUAL_INPUT, look.describe(view))
-            elif self._warnings:
-                self._warnings.pop(turn, None)
+            self._take(turn, views)
         if self._warnings:
             found.extend(self._warnings.values())
+
+    def _take(self, turn: int, views: Sequence[Views | None]) -> None:
+        look = self._looks[turn]
+        view = views[look.input]
+        distance = 0.0 if view is None else abs(look.value(view) - look.expected) * look.per_sigma
+        known = self._distances[look.input]
+        known[look.slot] = distance
+        self.scores[self._keys[look.input]] = max(known)
+        if view is not None and not distance <= self._sigma:
+            self._judge(turn, look, view, distance)
+        elif self._warnings:
+            self._warnings.pop(turn, None)
+            self._refused.discard(turn)
+
+    def _judge(self, turn: int, look: Look, view: Views, distance: float) -> None:
+        if distance <= self._refuse:
+            self._refused.discard(turn)
+            self._warnings[turn] = Finding(Reason.UNUSUAL_INPUT, look.describe(view))
+            return
+        self._refused.add(turn)
+        text = f"{look.describe(view)}; {distance:.0f} sigmas off, at most {self._refuse:g} are allowed"
+        self._warnings[turn] = Finding(Reason.OUT_OF_DISTRIBUTION, text)
 
 
 def _looks(at: int, plan: Plan, known: InputStatistics, sigma: float) -> list[Look]:

@@ -23,17 +23,17 @@ class ValueGuard:
         self.spec, self.name = spec, spec.name
         dtype = np.dtype(spec.dtype)
         self._float = dtype.kind == "f"
-        self._high_bits = self._bits_of_range(dtype)
+        self.high_bits = self._bits_of_range(dtype)
 
     @property
     def reads_bits(self) -> bool:
-        """Whether `Views.bits` must be unsigned integers."""
-        return self._high_bits is not None
+        """Whether `Views.bits` must be unsigned integers, of which none is above `high_bits`."""
+        return self.high_bits is not None
 
     def check(self, views: Views) -> Finding | None:
         """Find values that are not finite or out of range."""
-        if self._high_bits is not None:
-            if int(np.maximum.reduce(views.bits)) <= self._high_bits:
+        if self.high_bits is not None:
+            if int(np.maximum.reduce(views.bits)) <= self.high_bits:
                 return None
         elif self.spec.value_range is not None:
             low, high = self.spec.value_range

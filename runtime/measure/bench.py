@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, Positional, RunOnly, StageConfig
+from fmdeploy.config import InputPath, Positional, RequiredKey, RunOnly, StageConfig
 from fmdeploy.errors import ModelFileError
+from fmdeploy.jetson.telemetry import Telemetry
 from fmdeploy.runtime.bundle import open_bundle
 from fmdeploy.runtime.loading import Terms
 from fmdeploy.runtime.measure.conditions import describe_machine, watched
@@ -31,32 +32,36 @@ class BenchConfig(StageConfig):
     root: InputPath = Field(
         default=Path("/"), description="Folder below which /proc, /sys and the board's tools are read; for tests"
     )
+    require_signature: RequiredKey = None
 
 
 @command(BenchConfig)
 def bench(config: BenchConfig) -> Outcome:
     """Measure latency, memory and the cost of the guards, tiers taking turns, and say under which conditions."""
-    bundle = open_bundle(config.bundle)
+    bundle = open_bundle(config.bundle, require_signature=config.require_signature)
     runtimes, refused = start_tiers(config.tiers, bundle, config.threads, config.engines)
     if not runtimes:
         raise ModelFileError("no tier passes its self-test here: " + "; ".join(f"{k}: {v}" for k, v in refused.items()),
                              where=config.bundle)
     frames = golden_frames(bundle)
-    times, conditions = watched(lambda: measure_latency(runtimes, frames, config.runs), config.root)
-    data: dict[str, Any] = {"bundle": bundle.digest, "threads": config.threads, "refused": refused, "tiers": {},
+    with Telemetry(config.root) as eyes:
+        times, conditions = watched(lambda: measure_latency(runtimes, frames, config.runs), config.root, eyes)
+        peaks = {name: probe_memory(bundle, name, threads=config.threads, root=config.root, engines=config.engines,
+                                    telemetry=eyes) for name in runtimes}
+    data: dict[str, Any] = {"bundle": bundle.digest, "signature": bundle.signature.to_json(), "threads": config.threads,
+                            "refused": refused, "tiers": {},
                             "conditions": conditions.to_json(), "environment": describe_machine(config.root)}
     for name, runtime in runtimes.items():
-        memory = probe_memory(bundle, name, threads=config.threads, root=config.root, engines=config.engines)
         data["tiers"][name] = {
             **summary(times[name]),
             "provider": runtime.backend.provider,
             "overhead": measure_overhead(runtime, frames, config.runs),
-            "peak_mib": memory.peak_mib,
-            "memory": memory.to_json(),
+            "peak_mib": peaks[name].peak_mib,
+            "memory": peaks[name].to_json(),
         }
     if "fp32" in times:
         data["speedup"] = {n: speedup(times["fp32"], times[n]).__dict__ for n in times if n != "fp32"}
-    return Outcome((*_lines(data), *conditions.lines()), data)
+    return Outcome((*_lines(data), *conditions.lines(), bundle.signature.note()), data)
 
 
 def start_tiers(

@@ -7,6 +7,7 @@ measured nobody knows what. Neither can keep a budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,19 +103,22 @@ def _counts(values: dict[str, int]) -> str:
     return "throttling " + ", ".join(f"{name} {count:+d}" for name, count in named.items()) if named else ""
 
 
-def watched(work: Callable[[], T], root: Path = Path("/")) -> tuple[T, Conditions]:
+def watched(
+    work: Callable[[], T], root: Path = Path("/"), telemetry: Telemetry | None = None
+) -> tuple[T, Conditions]:
     """Do some work and watch the machine meanwhile, from another process.
 
     Args:
         work: What is measured.
         root: Folder below which /proc, /sys and the board's tools are; another than / for tests.
+        telemetry: Watches `root` already; None: one is started for this work alone.
     """
     board = is_jetson(root)
     before = read_power(root) if board else None
-    with Telemetry(root) as telemetry:
-        telemetry.begin()
+    with nullcontext(telemetry) if telemetry else Telemetry(root) as eyes:
+        eyes.begin()
         result = work()
-        window = telemetry.end()
+        window = eyes.end()
     after = read_power(root) if board else None
     power = None if before is None or after is None else (before, after)
     return result, Conditions(root, window, power, *_judge(window, power))
@@ -129,7 +133,7 @@ def _judge(window: Window | None, power: tuple[Power, Power] | None) -> tuple[tu
             unknown.append(f"the power mode is unknown: {problem}")
         elif before.mode != after.mode:
             tainted.append(f"the power mode changed from {before.mode} to {after.mode}")
-        tainted += after.contradictions
+        tainted += [*before.contradictions, *after.contradictions]
     return tuple(dict.fromkeys(tainted)), tuple(dict.fromkeys(unknown))
 
 

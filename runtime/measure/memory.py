@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def peak_mib(status: Path = Path("/proc/self/status")) -> float | None:
 
 
 def probe_memory(
-    bundle: Bundle, tier: str, *, threads: int, root: Path = Path("/"), engines: Path | None = None
+    bundle: Bundle, tier: str, *, threads: int, root: Path = Path("/"), engines: Path | None = None,
+    telemetry: Telemetry | None = None,
 ) -> PeakMemory:
     """Let a fresh process load one tier and run frames, and watch the memory from another one.
 
@@ -92,19 +94,20 @@ def probe_memory(
         threads: Threads inside one run.
         root: Folder below which /proc and /sys of the machine are; another than / for tests.
         engines: Folder of ENGINEs, for tiers of TensorRT.
+        telemetry: Watches `root` already; None: one is started for this probe alone.
     """
     command = [sys.executable, "-m", "fmdeploy.runtime.measure.memory", str(bundle.artifact.root), tier, str(threads),
                "" if engines is None else str(engines)]
-    with Telemetry(root) as telemetry:
-        telemetry.begin()
+    with nullcontext(telemetry) if telemetry else Telemetry(root) as eyes:
+        eyes.begin()
         try:
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                      env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         except OSError as error:
             return PeakMemory(problem=f"the probe does not start: {error.strerror}")
-        telemetry.watch(child.pid)
+        eyes.watch(child.pid)
         found, problem = _answer(child, tier)
-        window = telemetry.end()
+        window = eyes.end()
     return _judge(window, found, problem)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from fmdeploy.arrays import Array
 from fmdeploy.errors import ModelFileError
-from fmdeploy.runtime.onnxcheck.model import Graph, Model, Node, Tensor
+from fmdeploy.runtime.onnxcheck.model import Graph, Model, Node
 from fmdeploy.runtime.onnxcheck.operators import DQ, MOVES, PRODUCTS, Q
+from fmdeploy.runtime.onnxcheck.tensors import Tensor
 
 MAX_STEPS = 64  # of a walk through operators that only move numbers
 
@@ -38,8 +39,8 @@ class View:
         """Name to stored tensor, those of Constant nodes included."""
         found = {tensor.name: tensor for tensor in self.graph.initializers}
         for node in self.graph.nodes:
-            if node.op_type == "Constant" and node.tensors and node.outputs:
-                found[node.outputs[0]] = node.tensors[0]
+            if node.op_type == "Constant" and isinstance(value := node.attributes.get("value"), Tensor):
+                found[node.outputs[0]] = value
         return found
 
     def constant(self, name: str) -> Array | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from fmdeploy.errors import ModelFileError
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.runtime.onnxcheck.graphview import View
-from fmdeploy.runtime.onnxcheck.model import Value, shown
+from fmdeploy.runtime.onnxcheck.model import Value
 from fmdeploy.runtime.onnxcheck.operators import DQ, Q
+from fmdeploy.runtime.onnxcheck.tensors import shown
 
 ELEM_TYPES = {"float32": 1, "float16": 10, "uint8": 2, "int64": 7}
 NAMES = {number: name for name, number in ELEM_TYPES.items()} | {11: "float64", 3: "int8", 6: "int32", 9: "bool"}

@@ -1,4 +1,4 @@
-"""Rules on sizes and values: stored tensors, shapes that a node asks for, scales and zero points."""
+"""Rules on sizes and values: stored tensors, shapes that a node asks for, weights."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import numpy as np
 from fmdeploy.arrays import Array
 from fmdeploy.errors import ModelFileError
 from fmdeploy.runtime.onnxcheck.graphview import View, refuse, tensors_of
-from fmdeploy.runtime.onnxcheck.model import INT32, MAX_ELEMENTS, STRING, Node, shown
-from fmdeploy.runtime.onnxcheck.operators import DQ, PRODUCTS, Q
+from fmdeploy.runtime.onnxcheck.model import Node
+from fmdeploy.runtime.onnxcheck.operators import DQ, PRODUCTS
+from fmdeploy.runtime.onnxcheck.tensors import MAX_ELEMENTS, STRING, Tensor, shown
 
 # The input that says how large the result is.
 SHAPED_BY = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}
 MAX_MADE = 2**28  # elements that one such node may make: 1 GiB of float32
 MAX_DENORMAL_SHARE = 0.01
+BOUNDED = frozenset(("Where", "Clip", "Max", "Min", "Pad"))  # may be told "no bound" with an infinite constant
 TINY = float(np.finfo(np.float32).tiny)
-CALIBRATE = "Quantise it again, with calibration data that reaches this tensor"
 TRAIN = "Train or export it again"
 
 
@@ -62,25 +63,55 @@ def _check_made(node: Node, view: View) -> None:
 
 
 def check_weights(view: View) -> None:
-    """Row M18: no weight is NaN or infinite, too small for a processor to keep, or nothing but zeros.
+    """Row M18: no weight is NaN or infinite or too small for a processor to keep, and not all of them are zero.
 
     Raises:
         ModelFileError: Names the tensor.
     """
+    bounds = _bounds(view)
+    open_ended = {id(view.constants[name]) for name in bounds if name in view.constants}
     for tensor in tensors_of(view.graph):
-        array = tensor.array
-        if array.dtype.kind != "f" or not array.size:
-            continue
-        if not _all_finite(array):
-            bad = array[~np.isfinite(array)]
-            raise ModelFileError("holds weights that are no numbers", where=tensor.where,
-                                 found=f"{bad.size} of {array.size}, such as {bad.flat[0]}", fix=TRAIN)
-        if array.dtype == np.float32 and (share := _denormal_share(array)) > MAX_DENORMAL_SHARE:
-            raise ModelFileError("holds weights too small for float32, which a GPU takes for 0", where=tensor.where,
-                                 expected=f"at most {MAX_DENORMAL_SHARE:.0%}", found=f"{share:.1%}", fix=TRAIN)
+        if not (id(tensor) in open_ended and _is_infinity(tensor.array)):
+            _check_values(tensor, tensor.array)
     for node in view.graph.nodes:
-        if node.op_type in PRODUCTS:
-            _check_not_all_zero(node, view)
+        for name, value in node.attributes.items():
+            if not (node.outputs[0] in bounds or node.op_type in BOUNDED) or not _is_infinity(value):
+                _check_attribute(node, name, value)
+    stored, zero = weights_and_zeros(view)
+    if zero and len(zero) == stored:
+        raise ModelFileError("is a network of nothing but zeros: no product has another weight", where=zero[0],
+                             found=f"{stored} of {stored} weights", fix=TRAIN)
+
+
+def _check_values(tensor: Tensor, array: Array) -> None:
+    if array.dtype.kind != "f" or not array.size:
+        return
+    if not _all_finite(array):
+        bad = array[~np.isfinite(array)]
+        raise ModelFileError("holds weights that are no numbers", where=tensor.where,
+                             found=f"{bad.size} of {array.size}, such as {bad.flat[0]}", fix=TRAIN)
+    if array.dtype == np.float32 and (share := _denormal_share(array)) > MAX_DENORMAL_SHARE:
+        raise ModelFileError("holds weights too small for float32, which a GPU takes for 0", where=tensor.where,
+                             expected=f"at most {MAX_DENORMAL_SHARE:.0%}", found=f"{share:.1%}", fix=TRAIN)
+
+
+def _check_attribute(node: Node, name: str, value: object) -> None:
+    numbers = value if isinstance(value, list) else [value]
+    odd = [one for one in numbers if isinstance(one, float) and not math.isfinite(one)]
+    if odd:
+        raise refuse(node, f"has the attribute {shown(name)}, which is no number", found=odd[0], fix=TRAIN)
+
+
+def _bounds(view: View) -> set[str]:
+    """Names that only operators read which compare or choose: there, infinity means "no bound" or "masked"."""
+    readers = [(name, node.op_type in BOUNDED) for node in view.graph.nodes for name in node.inputs]
+    return {name for name, fits in readers if fits} - {name for name, fits in readers if not fits}
+
+
+def _is_infinity(value: object) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind == "f" and value.size == 1 and bool(np.isinf(value).all())
+    return isinstance(value, float) and math.isinf(value)
 
 
 def _all_finite(array: Array) -> bool:
@@ -97,70 +128,26 @@ def _denormal_share(array: Array) -> float:
     return float(np.count_nonzero((magnitude > 0) & (magnitude < TINY)) / array.size)
 
 
-def _check_not_all_zero(node: Node, view: View) -> None:
-    tensor, way = view.stored_weight(node.inputs[1]) if len(node.inputs) > 1 else (None, [])
-    if tensor is None:
-        return
-    array = tensor.array
+def weights_and_zeros(view: View) -> tuple[int, list[str]]:
+    """How many products have a stored weight, and the names of those weights that are nothing but zeros.
+
+    A branch that begins as zero, as in a residual network, may have stayed there: odd, but no fault of the file.
+    """
+    stored, zero = 0, []
+    for node in view.graph.nodes:
+        tensor, way = (view.stored_weight(node.inputs[1])
+                       if node.op_type in PRODUCTS and len(node.inputs) > 1 else (None, []))
+        if tensor is not None and tensor.array.size:
+            stored += 1
+            if _nothing_but_zeros(tensor.array, way, view):
+                zero.append(tensor.where)
+    return stored, zero
+
+
+def _nothing_but_zeros(array: Array, way: list[Node], view: View) -> bool:
     zero = _zero_point_of(way[-1], view) if way and array.dtype.kind in "iu" else None
-    nothing = np.all(array == zero.ravel()[0]) if zero is not None and zero.size == 1 else not array.any()
-    if array.size and nothing:
-        raise ModelFileError("is a weight of nothing but zeros", where=tensor.where, found=node.where, fix=TRAIN)
+    return bool(np.all(array == zero.ravel()[0])) if zero is not None and zero.size == 1 else not array.any()
 
 
 def _zero_point_of(node: Node, view: View) -> Array | None:
     return view.constant(node.inputs[2]) if node.op_type == DQ and len(node.inputs) > 2 else None
-
-
-def check_grids(view: View) -> None:
-    """Row F29: scales are positive, normal numbers, one or one a channel; zero points fit type and number.
-
-    Raises:
-        ModelFileError: Names the node.
-    """
-    for node in view.graph.nodes:
-        if node.op_type in (Q, DQ):
-            scale = view.constant(node.inputs[1]) if len(node.inputs) > 1 else None
-            if scale is None:
-                raise refuse(node, "has a scale that is computed, not stored", fix="Quantise it again, statically")
-            _check_scale(node, scale)
-            _check_channels(node, scale, view)
-            _check_zero_point(node, scale, view)
-
-
-def _check_scale(node: Node, scale: Array) -> None:
-    if scale.size == 0 or scale.dtype.kind != "f":
-        raise refuse(node, "has no scale", found=f"{scale.dtype} {scale.shape}", fix=CALIBRATE)
-    numbers = scale.astype(np.float64)
-    # A float16 scale may be subnormal in float16: there, that is how small numbers look.
-    wrong = numbers[~(np.isfinite(numbers) & (numbers >= TINY))]
-    if wrong.size:
-        raise refuse(node, "has a scale that is not a positive, normal number", found=f"{wrong.flat[0]:.3g}",
-                     fix=CALIBRATE)
-
-
-def _check_channels(node: Node, scale: Array, view: View) -> None:
-    data = view.constants.get(node.inputs[0])
-    axis = node.attributes.get("axis", 1)
-    if scale.size == 1 or data is None or scale.ndim != 1 or not isinstance(axis, int):
-        return
-    rank = len(data.dims)
-    if not -rank <= axis < rank or data.dims[axis] != scale.size:
-        raise refuse(node, "has another number of scales than channels", expected=f"axis {axis} of {data.dims}",
-                     found=scale.size, fix="Set axis to that of the output channels, one scale each")
-
-
-def _check_zero_point(node: Node, scale: Array, view: View) -> None:
-    if len(node.inputs) < 3 or not node.inputs[2]:
-        return
-    zero = view.constant(node.inputs[2])
-    if zero is None:
-        raise refuse(node, "has a zero point that is computed, not stored", fix="Quantise it again, statically")
-    if zero.dtype.kind not in "iu" or (zero.size != scale.size):
-        raise refuse(node, "has a zero point that does not fit its scale", expected=f"{scale.size} integers",
-                     found=f"{zero.size} of {zero.dtype}", fix=CALIBRATE)
-    data = view.constants.get(node.inputs[0]) if node.op_type == DQ else None
-    if data is not None and data.data_type != view.constants[node.inputs[2]].data_type:
-        raise refuse(node, "has a zero point of another type than the tensor", fix=CALIBRATE)
-    if data is not None and data.data_type == INT32 and zero.any():
-        raise refuse(node, "has an INT32 zero point that is not 0", found=zero.ravel()[:3], fix=CALIBRATE)

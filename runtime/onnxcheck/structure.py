@@ -6,10 +6,12 @@ from collections import Counter
 
 from fmdeploy.errors import ModelFileError
 from fmdeploy.runtime.onnxcheck.graphview import View, refuse, tensors_of
-from fmdeploy.runtime.onnxcheck.model import Graph, shown
+from fmdeploy.runtime.onnxcheck.model import Graph
 from fmdeploy.runtime.onnxcheck.operators import ALLOWED, CONTROL_FLOW, DOMAINS, IR_VERSIONS, OPSETS
+from fmdeploy.runtime.onnxcheck.tensors import shown
 
 AGAIN = "Export it again"
+CONSTANTS = frozenset(("value", "value_float", "value_floats", "value_int", "value_ints"))
 
 
 def check_versions(view: View) -> None:
@@ -64,6 +66,9 @@ def check_operators(view: View) -> None:
                          fix="Replace it in the network; runtime/onnxcheck/operators.py lists them")
         if node.foreign:
             raise refuse(node, f"holds {node.foreign}", fix=AGAIN)
+        if node.op_type == "Constant" and (len(node.attributes) != 1 or not node.attributes.keys() <= CONSTANTS):
+            raise refuse(node, "must hold one number, list or tensor", found=", ".join(map(shown, node.attributes)),
+                         fix=AGAIN)  # ONNX Runtime takes the first attribute, whatever the others are
 
 
 def check_embedded(view: View) -> None:

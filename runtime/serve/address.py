@@ -79,14 +79,16 @@ def is_loopback(host: str) -> bool:
 
 def _listen_tcp(host: str, port: int, *, allow_remote: bool) -> Listener:
     if not allow_remote and not is_loopback(host):
-        raise ConfigError("other machines can reach this address, and the server knows no users", where=host,
-                          fix="Use 127.0.0.1 or --unix, or --allow-remote behind a firewall")
+        raise _remote(host)
     where = f"{host}:{port}"
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         server = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InputError(f"cannot listen: {error.strerror}", where=where) from error
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot listen: {getattr(error, 'strerror', None) or error}", where=where) from error
+    if not allow_remote and not is_loopback(str(target[0])):  # whatever a file or a name server says of "localhost"
+        server.close()
+        raise _remote(f"{host}, which is {target[0]}")
     try:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(target)
@@ -96,6 +98,11 @@ def _listen_tcp(host: str, port: int, *, allow_remote: bool) -> Listener:
         raise _refusal(error, where) from error
     found = server.getsockname()
     return Listener(server, f"[{found[0]}]:{found[1]}" if ":" in found[0] else f"{found[0]}:{found[1]}", None)
+
+
+def _remote(host: str) -> ConfigError:
+    return ConfigError("other machines can reach this address, and the server knows no users", where=host,
+                       fix="Use 127.0.0.1 or --unix, or --allow-remote behind a firewall")
 
 
 def _listen_unix(path: Path) -> Listener:

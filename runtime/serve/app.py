@@ -25,7 +25,7 @@ from fmdeploy.runtime.serve.line import Job
 from fmdeploy.runtime.serve.log import note
 from fmdeploy.runtime.serve.metrics import Metrics
 from fmdeploy.runtime.serve.reply import Reply, error_reply, infer_reply, invalid, json_reply, parameters_of
-from fmdeploy.runtime.serve.request import InferRequest, is_binary, parse_infer
+from fmdeploy.runtime.serve.request import InferRequest, is_short, parse_infer
 from fmdeploy.runtime.serve.station import Station
 
 LINGER_BYTES = 8 * 1024 * 1024
@@ -77,7 +77,7 @@ class Application:
         station = self.station
         if scope["path"] != self._infer_path:
             self._require_model(scope["path"].removesuffix("/infer"))
-        _, io, version, limit = station.serving
+        bundle, io, version, limit = station.serving
         headers = headers_of(scope)
         if station.draining:
             raise not_ready("the server is draining")
@@ -96,15 +96,15 @@ class Application:
         parameters = parameters_of(frame, job.waited_ms, stamped=request.stamp_ns is not None)
         if not frame.valid and not request.allow_invalid:
             raise invalid(frame, parameters)
-        if frame.outputs and frame.outputs.keys() != {spec.name for spec in io.outputs}:
-            raise not_ready("the model was replaced by one with other outputs while this frame waited")
+        if frame.bundle != bundle.digest and station.serving.io != io:
+            raise not_ready("the model was replaced by one with other inputs or outputs while this frame waited")
         version = frame.bundle[: len(version)]  # of the model that ran
         return _packed(infer_reply((station.name, version), io, request, frame, parameters), headers)
 
     async def _parse(self, io: Any, headers: dict[bytes, bytes], body: bytes | bytearray, limit: int) -> InferRequest:
         """Binary requests are parsed here, in microseconds; others in a thread, since they may take long."""
         encoding = headers.get(b"content-encoding", b"").strip().lower()
-        if is_binary(headers) and not encoding:
+        if is_short(headers) and not encoding:
             return parse_infer(io, headers, body)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, lambda: parse_infer(io, headers, unpack(body, encoding, limit)))

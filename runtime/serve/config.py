@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, RequiredKey, RunOnly, StageConfig
 from fmdeploy.runtime.tiers import TIERS
 
 DEFAULT_HTTP = "127.0.0.1:8000"
@@ -38,8 +38,7 @@ class ServeConfig(StageConfig):
     engines: InputPath | None = Field(default=None, description="Folder of ENGINEs, for the TensorRT tiers")
     build_missing: bool = Field(default=True,
                                 description="Build an ENGINE there that is missing or does not fit; takes minutes")
-    require_signature: InputPath | None = Field(default=None,
-                                                description="Serve only bundles signed for this public key (PEM)")
+    require_signature: RequiredKey = None
     allow_remote: bool = Field(default=False, description="Allow an address that other machines can reach")
     allow_reload: bool = Field(default=False, description="Let clients ask for a reload, as SIGHUP does")
 

@@ -43,6 +43,8 @@ def bounded_protocol(limits: Limits) -> type[Any]:
         _timer: Any = None
         _header_bytes = 0
         _wanted = False
+        _heard = False  # the parser told of something in the data at hand
+        _swallowed = 0  # bytes since it last did: it collects a header, a trailer or a chunk extension of any length
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -56,20 +58,29 @@ def bounded_protocol(limits: Limits) -> type[Any]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if not self.transport.is_closing():
-                super().data_received(data)
+            if self.transport.is_closing():
+                return
+            if self._timer is None:  # also for empty lines between two requests, which begin none
+                self._arm()
+            self._heard = False
+            super().data_received(data)
+            self._swallowed = 0 if self._heard else self._swallowed + len(data)
+            if self._swallowed > HEADER_BYTES:
+                self._refuse(431, "the request line and headers are too large")
 
         def on_message_begin(self) -> None:
+            self._heard = True
             super().on_message_begin()
             self.scope["state"]["connection"] = self
             self._header_bytes = 0
-            self._arm()
+            self._arm()  # anew: the time counts from the first byte of this request
 
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
             self._count(len(url))
 
         def on_header(self, name: bytes, value: bytes) -> None:
+            self._heard = True
             super().on_header(name, value)
             self._count(len(name) + len(value))
 
@@ -82,6 +93,7 @@ def bounded_protocol(limits: Limits) -> type[Any]:
                     self.scope["state"]["cycle"] = self.cycle
 
         def on_body(self, body: bytes) -> None:
+            self._heard = True
             if self.cycle is None or self.transport.is_closing():
                 return
             if self._wanted and not self.cycle.response_complete:  # collect it without a wake-up for every piece
@@ -90,6 +102,7 @@ def bounded_protocol(limits: Limits) -> type[Any]:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
+            self._heard = True
             self._disarm()
             if self.cycle is not None and not self.transport.is_closing():
                 super().on_message_complete()

@@ -33,18 +33,22 @@ class ServedModel:
         settled: Set when one of the two is known.
     """
 
-    def __init__(self, start: Start, line: WaitingLine, published: Callable[[Job | None, Frame], Frame]) -> None:
+    def __init__(
+        self, start: Start, line: WaitingLine, published: Callable[[Job | None, Frame], Frame], *,
+        deadline_ms: float | None = None,
+    ) -> None:
         """Prepare a thread; `begin` starts it.
 
         Args:
             start: Makes the runtime, in the thread.
             line: Where the frames wait.
             published: Sees every frame in the thread and returns what to answer; the job is None where nobody asked.
+            deadline_ms: For frames that bring no deadline.
         """
         self.runtime: PerceptionRuntime | None = None
         self.failure: Exception | None = None
         self.settled = threading.Event()
-        self._start, self._line, self._published = start, line, published
+        self._start, self._line, self._published, self._deadline_ms = start, line, published, deadline_ms
         self._serve, self._stop, self._replaced = threading.Event(), threading.Event(), False
         self._thread = threading.Thread(target=self._main, name="fmdeploy-model", daemon=True)
 
@@ -108,7 +112,7 @@ class ServedModel:
             job.finish(not_ready("the client went away"))
             return
         try:
-            job.finish(self._published(job, infer(runtime, job)))
+            job.finish(self._published(job, infer(runtime, job, self._deadline_ms)))
         except RequestError as error:
             job.finish(error)
         except FrameError as error:
@@ -120,18 +124,19 @@ class ServedModel:
             job.finish(RequestError(500, f"{type(error).__name__}: {text}"[:500], reasons=(Reason.BACKEND_ERROR,)))
 
 
-def infer(runtime: PerceptionRuntime, job: Job) -> Frame:
-    """Run one job's frame.
+def infer(runtime: PerceptionRuntime, job: Job, deadline_ms: float | None = None) -> Frame:
+    """Run one job's frame, with this deadline where it brings none.
 
     Raises:
         RequestError: Its deadline passed in the queue.
         FrameError: The structure of its inputs.
     """
-    request, deadline_ms = job.request, job.request.deadline_ms
+    request, waited_ms = job.request, job.waited_ms
+    deadline_ms = deadline_ms if request.deadline_ms is None else request.deadline_ms
     if deadline_ms is not None and request.stamp_ns is None:
-        deadline_ms -= job.waited_ms  # the client counts from the moment when it sent the frame
-        if deadline_ms <= 0:
-            raise RequestError(503, f"waited {job.waited_ms:.1f} ms for the model, deadline {request.deadline_ms:g} ms",
+        if waited_ms >= deadline_ms:  # a frame without a stamp is as old as its wait
+            raise RequestError(503, f"waited {waited_ms:.1f} ms for the model, deadline {deadline_ms:g} ms",
                                reasons=(Reason.LATE,))
+        deadline_ms -= waited_ms
     return runtime.infer(request.inputs, stamp_ns=request.stamp_ns, deadline_ms=deadline_ms, layouts=request.layouts,
                          missing=request.missing)

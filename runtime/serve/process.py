@@ -16,6 +16,7 @@ from fmdeploy.optional import require
 from fmdeploy.runtime.serve import log
 from fmdeploy.runtime.serve.address import Listener, listen
 from fmdeploy.runtime.serve.app import Application
+from fmdeploy.runtime.serve.board import BoardWatch
 from fmdeploy.runtime.serve.config import DEFAULT_HTTP, ServeConfig
 from fmdeploy.runtime.serve.connection import Limits, bounded_protocol
 from fmdeploy.runtime.serve.metrics import Metrics
@@ -77,7 +78,10 @@ async def _serve(config: ServeConfig, listener: Listener) -> bool:
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, reload)
     starting = begin(_start(config, station, listener, stop))
+    board = BoardWatch(lambda: station.runtime)
+    board.begin()
     await server.serve(sockets=[listener.socket])
+    board.close()
     finished = station.close(CLOSE_S + config.hard_deadline_ms / 1000)
     for task in list(tasks):
         if task is not starting:
@@ -97,6 +101,8 @@ async def _start(config: ServeConfig, station: Station, listener: Listener, stop
     """
     try:
         await station.load()
+        if station.draining:
+            return
         line = {"model": station.name, "address": listener.address, "tier": station.tier, "pid": os.getpid()}
         with suppress(OSError):  # whoever started the server need not listen any more
             print(json.dumps(line), flush=True)

@@ -13,6 +13,7 @@ from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.runtime.frame import WARNINGS, Frame, Reason
 from fmdeploy.runtime.serve.errors import RequestError
 from fmdeploy.runtime.serve.request import DATATYPE, InferRequest
+from fmdeploy.runtime.state import Mode
 
 JSON = b"application/json"
 BINARY = b"application/octet-stream"
@@ -20,7 +21,7 @@ BINARY = b"application/octet-stream"
 # What the client sent is at fault: sending it again does not help.
 CONTENT = frozenset({
     Reason.NOT_FINITE, Reason.OUT_OF_RANGE, Reason.LOW_INFORMATION, Reason.FROZEN, Reason.TORN, Reason.SENSOR_MISSING,
-    Reason.STALE, Reason.BAD_STAMP,
+    Reason.OUT_OF_DISTRIBUTION, Reason.STALE, Reason.BAD_STAMP,
 })
 # The model itself failed on this frame.
 MODEL = frozenset({Reason.BACKEND_ERROR, Reason.NOT_FINITE_OUTPUT})
@@ -102,7 +103,10 @@ def parameters_of(frame: Frame, waited_ms: float, *, stamped: bool) -> dict[str,
 def infer_reply(
     model: tuple[str, str], io: IOSpec, request: InferRequest, frame: Frame, parameters: Mapping[str, Any]
 ) -> Reply:
-    """Answer with the outputs that were asked for; without any where the frame has none.
+    """Answer with the outputs that were asked for; without any where the frame has none to be used.
+
+    What the model made of a frozen or empty picture is for those who embed the runtime and study it. Over HTTP an
+    invalid frame has outputs only in mode D3, where they are an old valid frame's, or those of a frame on probation.
 
     Args:
         model: Name and version.
@@ -115,8 +119,9 @@ def infer_reply(
     wanted = request.outputs or tuple((name, request.binary) for name in specs)
     listed: list[dict[str, Any]] = []
     blobs: list[memoryview] = []
-    for name, binary in wanted if frame.outputs else ():
-        array = np.ascontiguousarray(frame.outputs[name])
+    shown = frame.outputs if frame.valid or frame.mode == Mode.D3.label else {}
+    for name, binary in wanted if shown else ():
+        array = np.ascontiguousarray(shown[name])
         listed.append(_output(specs[name], array, blobs if binary else None))
     root: dict[str, Any] = {"model_name": model[0], "model_version": model[1], "outputs": listed,
                             "parameters": parameters}

@@ -8,14 +8,17 @@ In binary, the JSON is as long as the header Inference-Header-Content-Length say
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic_core import from_json
 
+from fmdeploy import strictjson
 from fmdeploy.arrays import Array, Arrays
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.runtime.serve.errors import RequestError
@@ -49,9 +52,10 @@ class InferRequest:
     allow_invalid: bool = False
 
 
-def is_binary(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether raw tensors follow the JSON: then parsing is cheap."""
-    return b"inference-header-content-length" in headers
+def is_short(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether the JSON is short, because raw tensors follow it: then parsing is cheap."""
+    length = headers.get(b"inference-header-content-length", b"")
+    return length.isdigit() and len(length) <= len(str(HEADER_LIMIT)) and int(length) <= HEADER_LIMIT
 
 
 def parse_infer(io: IOSpec, headers: Mapping[bytes, bytes], body: bytes | bytearray) -> InferRequest:
@@ -89,12 +93,25 @@ def _header_size(headers: Mapping[bytes, bytes], length: int) -> int:
 
 
 def _json_object(raw: bytes | bytearray) -> dict[str, Any]:
-    """Read one object. This parser is fast, bounds the depth, and knows no NaN; a key that comes twice counts once."""
+    """Read one object: no NaN, bounded depth, no key twice.
+
+    The fast parser lets the last of two equal keys count. Each pair has a colon, so where there are as many colons as
+    keys no key came twice; only a text with more of them, in strings, is read again by the strict parser.
+    """
     try:
         root = from_json(raw, allow_inf_nan=False)
+        if raw.count(b":") != _count_keys(root):
+            strictjson.loads(bytes(raw))
     except ValueError as error:
         raise RequestError(400, f"the request is not JSON: {str(error)[:200]}") from error
     return _object(root, "the request")
+
+
+def _count_keys(value: Any) -> int:
+    """Keys of all objects, but for those in lists that begin with something else: no valid request has any there."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_count_keys, value.values()))
+    return sum(map(_count_keys, value)) if isinstance(value, list) and value and isinstance(value[0], dict) else 0
 
 
 def _inputs(io: IOSpec, listed: Any, raw: memoryview) -> Arrays:
@@ -143,19 +160,34 @@ def _tensor(spec: TensorSpec, tensor: dict[str, Any], raw: memoryview) -> tuple[
 
 def _json_tensor(spec: TensorSpec, tensor: dict[str, Any]) -> Array:
     """Flat or nested numbers. JSON has no NaN and one kind of number; strings and booleans are none."""
-    dtype = np.dtype(spec.dtype)
-    try:
-        found = np.asarray(tensor.get("data"))
-    except ValueError:
-        found = np.empty(0, object)
+    dtype, size, data = np.dtype(spec.dtype), math.prod(spec.shape), tensor.get("data")
+    found = np.empty(0, object)
+    # First: among numbers numpy takes True for 1, and beside one long string it would make every number as long.
+    if _are_numbers(data, len(spec.shape) + 1, size):
+        with suppress(ValueError):  # ragged
+            found = np.asarray(data)
     kinds, limits = "if" if dtype.kind == "f" else "i", None if dtype.kind == "f" else np.iinfo(dtype)
-    if found.dtype.kind not in kinds or found.shape not in ((math.prod(spec.shape),), spec.shape, (1, *spec.shape)):
-        raise RequestError(400, f"data of input {spec.name!r} must be {math.prod(spec.shape)} numbers, "
+    if found.dtype.kind not in kinds or found.shape not in ((size,), spec.shape, (1, *spec.shape)):
+        raise RequestError(400, f"data of input {spec.name!r} must be {size} numbers, "
                                 f"flat or nested as {[1, *spec.shape]}")
     if limits is not None and not limits.min <= found.min() <= found.max() <= limits.max:
         raise RequestError(400, f"data of input {spec.name!r} does not fit {DATATYPE[spec.dtype]}")
     with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, and the guards refuse that
         return found.astype(dtype).reshape(spec.shape)
+
+
+def _are_numbers(data: Any, depth: int, size: int) -> bool:
+    """Whether these are `size` numbers in lists, nested at most `depth` deep."""
+    items: Iterable[Any] = data if isinstance(data, list) else []
+    for _ in range(depth):
+        items = list(itertools.islice(items, size + 1))
+        if not (items and isinstance(items[0], list)):
+            break
+        if not all(isinstance(item, list) for item in items):
+            return False
+        items = itertools.chain.from_iterable(items)
+    items = list(itertools.islice(items, size + 1))
+    return len(items) == size and set(map(type, items)) <= {int, float}
 
 
 def _outputs(io: IOSpec, listed: Any, binary: bool) -> tuple[tuple[str, bool], ...]:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmdeploy.artifact import open_artifact
-from fmdeploy.errors import FmdeployError, MissingError
+from fmdeploy.errors import FmdeployError
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
+from fmdeploy.runtime.backends.protocol import DeviceLostError
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import Finding, Frame, Reason
 from fmdeploy.runtime.health import PerceptionRuntime
@@ -108,6 +109,9 @@ class Station:
             found = dict(self.runtime.health().to_json())
         if self.draining:
             found |= {"ready": False, "state": "DRAINING"}
+        reports = self.runtime.reports if self.runtime else ()
+        found["tiers"] = [{"tier": one.tier, "admitted": one.admitted, "reason": one.reason, "note": one.note}
+                          for one in reports]
         return {**found, "queued": len(self.line), "dropped": self.line.num_dropped, "model_changed": self.changed,
                 "failed_reload": self.failed_reload, "server_uptime_s": round(time.monotonic() - self._started, 3)}
 
@@ -171,7 +175,7 @@ class Station:
         """Look after the model and its files, for ever.
 
         Raises:
-            MissingError: The runtime says that its process cannot be trusted: only a new one can help.
+            DeviceLostError: The runtime says that its process cannot be trusted: only a new one can help.
         """
         checked = time.monotonic()
         while True:
@@ -180,8 +184,8 @@ class Station:
                 continue
             health = self.runtime.health()
             if not health.live:
-                raise MissingError(f"the model cannot run in this process any more: {'; '.join(health.reasons)}",
-                                   where=self.name, fix="Start the server again")
+                raise DeviceLostError(f"the model cannot run in this process any more: {'; '.join(health.reasons)}",
+                                      where=self.name, fix="Start the server again")
             if time.monotonic() - checked >= self.config.check_s:
                 await self.check_disk()
                 checked = time.monotonic()
@@ -207,7 +211,8 @@ class Station:
 
     async def _begin(self) -> ServedModel:
         """Load a model in its thread; it takes no frames yet."""
-        model = ServedModel(lambda: start_runtime(self.config), self.line, self._published)
+        model = ServedModel(lambda: start_runtime(self.config), self.line, self._published,
+                            deadline_ms=self.config.deadline_ms)
         model.begin()
         while not model.settled.is_set():
             await asyncio.sleep(SETTLE_S)
@@ -251,10 +256,10 @@ def supervised(config: ServeConfig, bundle: Bundle) -> PerceptionRuntime:
 
 def embedded(config: ServeConfig, bundle: Bundle) -> PerceptionRuntime:
     """A runtime in this process."""
-    from fmdeploy.runtime.session import Runtime
+    from fmdeploy.runtime.serve.service import ServiceRuntime
 
-    return Runtime(bundle, tiers=config.tiers, threads=config.threads, deadline_ms=config.deadline_ms,
-                   standby=config.standby, terms=terms(config))
+    return ServiceRuntime(bundle, tiers=config.tiers, threads=config.threads, deadline_ms=config.deadline_ms,
+                          standby=config.standby, terms=terms(config))
 
 
 def terms(config: ServeConfig) -> Terms:

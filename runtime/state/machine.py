@@ -35,10 +35,9 @@ INVALID_EVENTS = frozenset({EventKind.FRAME_BAD, EventKind.BACKEND_FAILED})
 _RULES: dict[EventKind, tuple[Rule, ...]] = {
     kind: tuple(rule for rule in LADDER if rule.event is kind) for kind in EventKind
 }
-_ROWS: dict[tuple[State, EventKind], tuple[Row, ...]] = {
-    (state, kind): tuple(row for row in TABLE if row.state is state and row.event is kind)
-    for state in State for kind in EventKind
-}
+_ROWS: dict[tuple[State, EventKind], list[Row]] = {}
+for _row in TABLE:
+    _ROWS.setdefault((_row.state, _row.event), []).append(_row)
 
 
 def step(status: Status, event: Event, policy: Policy) -> tuple[Status, tuple[Command, ...]]:

@@ -17,7 +17,8 @@ class Supervision:
 
     Attributes:
         hard_deadline_ms: Time after the arrival of a frame at which its caller has an answer, whatever happens: the
-            worker is killed. Choose 3 to 5 frame periods.
+            worker is killed. Choose 3 to 5 frame periods, and more than twice the longest run: a frame that waits half
+            of it for others is dropped.
         terminate_ms: Time after which the worker asks its backend to end a run; less than the hard deadline, or 0.
         start_timeout_ms: Time for a worker to load and pass its self-test.
         beat_ms: Longest time between two heartbeats of an idle worker.

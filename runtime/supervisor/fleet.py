@@ -99,12 +99,17 @@ class Fleet:
                     self._look_at(post, worker, now_ns)
                 if post.due_ns is not None and now_ns >= post.due_ns and not self._must_wait(post):
                     post.due_ns = None
-                    due.append(post)
+                    if post.worker is None:  # else it was planned a second time while the first was being started
+                        due.append((post, post.num_vacated))
             self._choose()
-        for post in due:
+        for post, num_vacated in due:
             worker = self._spawn(post)
             with self._lock:
-                post.worker = worker
+                if post.num_vacated == num_vacated:
+                    post.worker = worker
+                else:  # everybody was dismissed meanwhile: after a reset it would stand in the way of a new one
+                    worker.lose("dismissed while it was started")
+                    self._ended.append(worker)
         self._reap()
 
     def plan_standby(self) -> None:

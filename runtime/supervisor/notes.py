@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import struct
-from array import array
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,9 +95,8 @@ def decode_request(notes: bytes) -> tuple[bool, tuple[str, ...]]:
 def encode_result(result: Result) -> bytes:
     """Notes beside a frame's outputs: for the usual frame a head that repeats, and its scores as plain numbers."""
     if not result.findings and not result.innocent:
-        head = _head(result.tier, result.model, result.provider, tuple(result.scores))
-        scores = array("d", result.scores.values())
-        return USUAL.pack(len(head), len(scores)) + head + scores.tobytes()
+        head, scores = _head(result.tier, result.model, result.provider, tuple(result.scores))
+        return head + scores.pack(*result.scores.values())
     return UNUSUAL + _encode_all(result)
 
 
@@ -106,22 +104,24 @@ def decode_result(notes: bytes, outputs: Arrays) -> Result:
     """Read a result back."""
     if notes.startswith(UNUSUAL):
         return _decode_all(notes[len(UNUSUAL) :], outputs)
-    head_bytes, count = USUAL.unpack_from(notes)
-    start = USUAL.size + head_bytes
-    tier, model, provider, names = _names(notes[USUAL.size : start])
-    values = struct.unpack_from(f"={count}d", notes, start)
+    start = USUAL.size + USUAL.unpack_from(notes)[0]
+    tier, model, provider, names, scores = _names(notes[:start])
+    values = scores.unpack_from(notes, start)
     return Result(outputs, (), tier, model, provider, dict(zip(names, values, strict=True)))
 
 
 @functools.lru_cache(64)
-def _head(tier: str, model: str, provider: str, names: tuple[str, ...]) -> bytes:
-    return json.dumps((tier, model, provider, names)).encode()
+def _head(tier: str, model: str, provider: str, names: tuple[str, ...]) -> tuple[bytes, struct.Struct]:
+    """What comes before the scores, and how they are packed."""
+    head = json.dumps((tier, model, provider, names)).encode()
+    return USUAL.pack(len(head), len(names)) + head, struct.Struct(f"={len(names)}d")
 
 
 @functools.lru_cache(64)
-def _names(head: bytes) -> tuple[str, str, str, tuple[str, ...]]:
-    tier, model, provider, names = json.loads(head)
-    return tier, model, provider, tuple(names)
+def _names(head: bytes) -> tuple[str, str, str, tuple[str, ...], struct.Struct]:
+    """Tier, model, provider, names of the scores, and how they are packed."""
+    tier, model, provider, names = json.loads(head[USUAL.size :])
+    return tier, model, provider, tuple(names), struct.Struct(f"={len(names)}d")
 
 
 def _encode_all(result: Result) -> bytes:

@@ -25,6 +25,7 @@ class Post:
         retiring: Former holder, which serves until the new one is ready.
         due_ns: When a worker is to be started; None: not planned.
         growth: RSS of the holder.
+        num_vacated: How often everybody was sent away.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Post:
     retiring: WorkerProcess | None = None
     due_ns: int | None = None
     growth: Growth | None = None
+    num_vacated: int = 0
 
     def holder(self) -> WorkerProcess | None:
         """Who may take frames: the worker when it is ready, else the one it is to replace."""
@@ -52,6 +54,7 @@ class Post:
     def vacate(self) -> list[WorkerProcess]:
         """Forget everybody, and whatever was planned."""
         gone = self.holders()
+        self.num_vacated += 1
         self.worker = self.retiring = self.due_ns = self.growth = None
         return gone
 

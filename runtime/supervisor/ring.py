@@ -25,7 +25,7 @@ ALIGN = 64  # one cache line: no two tensors share one, and vector loads are ali
 NOTES_BYTES = 16384
 # Positions in the header, in 64-bit words.
 BEGUN, DONE, STAMP, PRESENT, NOTES = range(5)
-CHECK = struct.Struct("<QQQ")
+HEADER = struct.Struct("@5Q")  # all words of the header in one call
 
 
 class Slot(NamedTuple):
@@ -58,6 +58,7 @@ class Ring:
         self.slots, self._names = slots, [spec.name for spec in tensors]
         places, size = _places(tensors)
         view = memoryview(buffer)
+        self._all = (1 << len(self._names)) - 1
         self._words = [view[n * size : n * size + ALIGN].cast("Q") for n in range(slots)]
         self._notes = [view[n * size + ALIGN : n * size + ALIGN + NOTES_BYTES] for n in range(slots)]
         self._views = [
@@ -70,6 +71,10 @@ class Ring:
     def size_of(tensors: Sequence[TensorSpec], slots: int) -> int:
         """Bytes that a ring takes."""
         return _places(tensors)[1] * slots
+
+    def arrays(self) -> list[Array]:
+        """All tensors of all slots, as `peek` gives them."""
+        return [array for views in self._views for array in views.values()]
 
     def begin(self, seq: int) -> Arrays:
         """Take the slot of frame `seq` and return its tensors to be filled; nobody accepts it until `commit`."""
@@ -86,7 +91,9 @@ class Ring:
         if len(notes) > NOTES_BYTES:
             raise ValueError(f"notes of {len(notes)} bytes, at most {NOTES_BYTES} fit")
         at = seq % self.slots
-        words, mask = self._words[at], sum(1 << self._names.index(name) for name in present)
+        words, mask = self._words[at], self._all
+        if len(present) < len(self._names):
+            mask = sum(1 << self._names.index(name) for name in present)
         self._notes[at][: len(notes)] = notes
         words[STAMP], words[PRESENT] = stamp_ns, mask
         words[NOTES] = len(notes) << 32 | _checksum(seq, stamp_ns, mask, notes)
@@ -104,15 +111,17 @@ class Ring:
 
         The tensors are the slot itself: they change when the writer takes it again. Ask `holds` after the last use.
         """
-        at, words = seq % self.slots, self._words[seq % self.slots]
-        if not self.holds(seq):
+        at = seq % self.slots
+        begun, done, stamp, mask, noted = HEADER.unpack_from(self._words[at])
+        if not begun == done == seq + 1:
             return None
-        stamp, mask, length = words[STAMP], words[PRESENT], words[NOTES] >> 32
-        notes = bytes(self._notes[at][:length]) if length <= NOTES_BYTES else b""
-        if words[NOTES] & 0xFFFFFFFF != _checksum(seq, stamp, mask, notes):
+        length = noted >> 32
+        notes = bytes(self._notes[at][:length]) if 0 < length <= NOTES_BYTES else b""
+        if noted & 0xFFFFFFFF != _checksum(seq, stamp, mask, notes):
             return None
-        views = self._views[at]
-        arrays = {name: views[name] for bit, name in enumerate(self._names) if mask >> bit & 1}
+        arrays = self._views[at]
+        if mask != self._all:
+            arrays = {name: arrays[name] for bit, name in enumerate(self._names) if mask >> bit & 1}
         return Slot(seq, stamp, arrays, notes)
 
     def read(self, seq: int) -> Slot | None:
@@ -120,8 +129,10 @@ class Ring:
         slot = self.peek(seq)
         if slot is None:
             return None
-        slot = slot._replace(arrays={name: array.copy() for name, array in slot.arrays.items()})
-        return slot if self.holds(seq) else None
+        arrays: Arrays = {}
+        for name, array in slot.arrays.items():
+            arrays[name] = array.copy()
+        return Slot(seq, slot.stamp_ns, arrays, slot.notes) if self.holds(seq) else None
 
     def holds(self, seq: int) -> bool:
         """Whether the slot of frame `seq` holds that frame, finished."""
@@ -139,4 +150,6 @@ def _places(tensors: Sequence[TensorSpec]) -> tuple[list[int], int]:
 
 
 def _checksum(seq: int, stamp_ns: int, mask: int, notes: bytes) -> int:
-    return zlib.crc32(notes, zlib.crc32(CHECK.pack(seq, stamp_ns, mask)))
+    """CRC-32 of the notes; it starts from the numbers of the header, so that no byte of one can change unseen."""
+    folded = seq ^ stamp_ns ^ mask
+    return zlib.crc32(notes, (folded ^ folded >> 32) & 0xFFFFFFFF)

@@ -23,7 +23,7 @@ from fmdeploy.runtime.frame import Finding, Frame, Reason
 from fmdeploy.runtime.guards.config import GuardConfig
 from fmdeploy.runtime.guards.content import Guards
 from fmdeploy.runtime.guards.sensors import check_rig
-from fmdeploy.runtime.health import Health
+from fmdeploy.runtime.health import Health, require_around
 from fmdeploy.runtime.inference import Result
 from fmdeploy.runtime.loading import Terms
 from fmdeploy.runtime.publisher import Clock, Publisher, Ticket
@@ -141,8 +141,9 @@ class SupervisedRuntime:
         if os.getpid() != self._pid:
             raise FmdeployError("the runtime was forked; start it in the process that uses it")
         self._guards.structure(inputs, layouts, missing)
-        if not self._lock.acquire(timeout=self.config.hard_deadline_ms / 1000):
-            finding = Finding(Reason.DROPPED, "frames of other callers took all the time until the hard deadline")
+        # Half of the time is for its run: a worker must not be killed for the time that others took.
+        if not self._lock.acquire(timeout=self.config.hard_deadline_ms / 2000):
+            finding = Finding(Reason.DROPPED, "frames of other callers took half of the time until the hard deadline")
             return self.publisher.publish_nothing(finding, stamp_ns)
         try:
             self._check_monitor()
@@ -166,6 +167,11 @@ class SupervisedRuntime:
         extra = {"losses": self.fleet.num_losses, "log_errors": self.log.num_lost,
                  "notify_errors": self.notifier.num_errors}
         return replace(health, counters={**health.counters, **extra})
+
+    def note(self, kind: EventKind, detail: str = "") -> None:
+        """Say what was seen of the machine: heat or memory; see `Runtime.note`."""
+        require_around(kind)
+        self._tell(kind, detail)
 
     def reset(self) -> None:
         """The operator unlatches SAFE_OUTPUT: load, self-test, and serve again if it passes."""

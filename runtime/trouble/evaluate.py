@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from fmdeploy.command import Outcome, command
-from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageConfig
+from fmdeploy.config import InputPath, OutputPath, Positional, RequiredKey, RunOnly, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ArtifactError, DataError
@@ -51,6 +51,7 @@ class EvaluateConfig(StageConfig):
     deadline_ms: float = Field(default=300.0, gt=0, description="Age at which a frame is worthless")
     frozen_after: int = Field(default=3, ge=1, description="Repetitions of the same bytes that make a sensor frozen")
     seed: int = Field(default=0, ge=0, description="Of the faults' random numbers")
+    require_signature: RequiredKey = None
 
 
 @command(EvaluateConfig)
@@ -60,7 +61,8 @@ def evaluate(config: EvaluateConfig) -> Outcome:
     Every fault is played through the runtime as a stream, from the fourth frame of each sequence on. Beside what the
     runtime publishes as valid stands what the network would have said with nobody looking.
     """
-    bundle, data = open_bundle(config.bundle), open_dataset(config.data)
+    bundle = open_bundle(config.bundle, require_signature=config.require_signature)
+    data = open_dataset(config.data)
     task = load_task(task_name(bundle, config.task))
     if task.io.digest != bundle.io.digest:
         raise ArtifactError("has other inputs and outputs than the task", where=bundle.artifact.root,
@@ -74,7 +76,8 @@ def evaluate(config: EvaluateConfig) -> Outcome:
     made = produce(config.out, Kind.EVALUATION, stage="evaluate", config=resolved, inputs=inputs, build=build)
     found = made.json("trouble.json")
     told = {"kind": made.kind.value, "path": str(made.root), "digest": made.digest, **found}
-    return Outcome((*outcome_lines(found), f"EVALUATION {made.digest[:12]} at {made.root}"), told)
+    lines = (*outcome_lines(found), bundle.signature.note(), f"EVALUATION {made.digest[:12]} at {made.root}")
+    return Outcome(lines, told)
 
 
 def _write(draft: Draft, config: EvaluateConfig, bundle: Bundle, data: Dataset, task: Task) -> None:

@@ -133,7 +133,7 @@ def open_artifact(root: Path | str, *kinds: Kind, hold: Collection[str] = ()) ->
             wanted = " or ".join(k.value for k in kinds)
             raise ArtifactError("is an artifact of another kind", where=root, expected=wanted,
                                 found=manifest.kind.value)
-        _verify_listing(names_below(folder), manifest, root)
+        _verify_listing(names_below(folder, root), manifest, root)
         held = _verify_files(folder, root, manifest, hold)
     return Artifact(root, manifest, held, hashlib.sha256(raw).hexdigest())
 

@@ -30,19 +30,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from fmdeploy.config import parse_toml, read_toml, validate
 from fmdeploy.errors import ConfigError
+from fmdeploy.record import Field, Record, read_record
+from fmdeploy.tomlfile import parse_toml, read_toml
 
 SLICES = ("scenario", "weather", "rare")
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class AccuracyBudget(_Table):
+class AccuracyBudget(Record):
     """Limits on how much a model may lose. Drops are relative: 0.01 is one percent of the reference's value."""
 
     metric: str = Field(min_length=1, description="Name of one of the task's metrics")
@@ -65,7 +60,7 @@ class AccuracyBudget(_Table):
     )
 
 
-class TargetBudget(_Table):
+class TargetBudget(Record):
     """Limits on one target machine."""
 
     machine: str | None = Field(default=None, description="`uname -m` of the target; elsewhere nothing is measured")
@@ -79,14 +74,14 @@ class TargetBudget(_Table):
     )
 
 
-class SensorLoss(_Table):
+class SensorLoss(Record):
     """A declared mode: frames without one input run, and what that costs is measured."""
 
     fill: Literal["zeros", "calibration-mean"] = Field(description="What the model sees instead of the sensor")
     max_drop: float = Field(ge=0, lt=1, description="Against the same tier with all inputs")
 
 
-class Budgets(_Table):
+class Budgets(Record):
     """The whole file."""
 
     accuracy: AccuracyBudget
@@ -122,7 +117,7 @@ def read_budgets(path: Path) -> Budgets:
     Raises:
         ConfigError: It is missing, is not TOML, or has unknown keys or values out of range; all are named.
     """
-    return validate(Budgets, read_toml(path), where=path)
+    return read_record(Budgets, read_toml(path), where=path)
 
 
 def parse_budgets(raw: bytes, path: Path) -> Budgets:
@@ -131,7 +126,7 @@ def parse_budgets(raw: bytes, path: Path) -> Budgets:
     Raises:
         ConfigError: They are not TOML, or have unknown keys or values out of range.
     """
-    return validate(Budgets, parse_toml(raw, path), where=path)
+    return read_record(Budgets, parse_toml(raw, path), where=path)
 
 
 def _lines(budgets: Budgets) -> Iterator[str]:
@@ -147,7 +142,7 @@ def _lines(budgets: Budgets) -> Iterator[str]:
         yield from _table(loss)
 
 
-def _table(table: _Table) -> Iterator[str]:
+def _table(table: Record) -> Iterator[str]:
     for key, value in table.model_dump(mode="json").items():
         if isinstance(value, str):
             yield f"{key} = {_quoted(value)}"

@@ -132,7 +132,7 @@ def run_stage(stage: Any, config_file: Path | None, as_json: bool, flags: dict[s
     """Run one stage, print its outcome and exit with its code."""
     from fmdeploy.command import outcome_of
     from fmdeploy.config import load_config
-    from fmdeploy.records import records_to
+    from fmdeploy.jsonlines import records_to
 
     given = {key: value for key, value in flags.items() if value is not None and value != ()}
     config = load_config(stage.config, given, file=config_file)

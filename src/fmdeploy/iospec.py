@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
-
 from fmdeploy.manifest import canonical
+from fmdeploy.record import Dumped, Field, Record
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class TensorSpec(BaseModel):
+class TensorSpec(Record):
     """One input or output of a model, for a single sample: `shape` has no batch axis."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     dtype: Literal["float32", "float16", "uint8", "int64"] = "float32"
@@ -29,21 +27,17 @@ class TensorSpec(BaseModel):
     channels: tuple[str, ...] = Field(default=(), description="Meaning of the entries of axis 0")
     sensor: str | None = Field(default=None, description="Which sensor feeds this input")
 
-    @model_validator(mode="after")
-    def _agree(self) -> TensorSpec:
+    def _agree(self) -> None:
         if any(size < 1 for size in self.shape):
             raise ValueError(f"{self.name}: axes must be static and at least 1, found {self.shape}")
         if self.layout and len(self.layout) != len(self.shape):
             raise ValueError(f"{self.name}: layout {self.layout!r} does not name the axes of {self.shape}")
         if self.channels and (not self.shape or len(self.channels) != self.shape[0]):
             raise ValueError(f"{self.name}: {len(self.channels)} channel names for shape {self.shape}")
-        return self
 
 
-class IOSpec(BaseModel):
+class IOSpec(Record):
     """All inputs and outputs, in the order of the model's arguments and results."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
@@ -53,22 +47,16 @@ class IOSpec(BaseModel):
         description="Name of a sensor → sha256 of its calibration (intrinsics, extrinsics): the model fits no other",
     )
 
-    @model_validator(mode="after")
-    def _unique(self) -> IOSpec:
+    def _agree(self) -> None:
         names = [spec.name for spec in (*self.inputs, *self.outputs)]
         if len(set(names)) != len(names):
             raise ValueError(f"names repeat: {names}")
         if wrong := [sensor for sensor, digest in self.rig.items() if not SHA256.fullmatch(digest)]:
             raise ValueError(f"rig: {wrong[0]!r} does not name a sha256")
-        return self
 
-    @model_serializer(mode="wrap")
-    def _without_empty_rig(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def model_dump(self, *, mode: Dumped = "python", exclude: Collection[str] = ()) -> dict[str, Any]:
         """Leave an empty rig out, so that specifications from before it keep their digest."""
-        plain: dict[str, Any] = handler(self)
-        if not self.rig:
-            del plain["rig"]
-        return plain
+        return super().model_dump(mode=mode, exclude=exclude if self.rig else {*exclude, "rig"})
 
     @property
     def digest(self) -> str:

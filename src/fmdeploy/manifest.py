@@ -11,14 +11,13 @@ import hashlib
 import json
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing import Any
 
 from fmdeploy import strictjson
 from fmdeploy.errors import ArtifactError
 from fmdeploy.likely import cause_of
 from fmdeploy.plainfiles import HEAD_BYTES, open_below, open_folder, read_at_most
+from fmdeploy.record import Field, Record, RecordError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -45,55 +44,44 @@ class Kind(str, Enum):
 
 
 FOR_DEVICES = (Kind.BUNDLE, Kind.ENGINE)
-AnyKind = Annotated[Kind, Field(strict=False)]  # JSON has no enumerations
-Stage = Annotated[str, Field(max_length=100, pattern=r"^[ -~]*$")]
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+STAGE = r"^[ -~]*$"
 
 
-class FileEntry(_Strict):
+class FileEntry(Record):
     """One payload file: its content hash and its size in bytes."""
 
     sha256: str = Field(pattern=SHA256)
     size: int = Field(ge=0)
 
 
-class Parent(_Strict):
+class Parent(Record):
     """An input of an artifact, with that input's own inputs: the lineage travels with the child."""
 
-    kind: AnyKind
-    stage: Stage
+    kind: Kind
+    stage: str = Field(max_length=100, pattern=STAGE)
     digest: str = Field(pattern=SHA256)
-    inputs: dict[str, Parent] = {}
+    inputs: dict[str, Parent] = Field(default_factory=dict)
 
 
-class Manifest(_Strict):
+class Manifest(Record):
     """The content of `manifest.json` without its seal."""
 
-    kind: AnyKind
+    kind: Kind
     schema_version: int
-    stage: Stage
+    stage: str = Field(max_length=100, pattern=STAGE)
     config: dict[str, Any]
     inputs: dict[str, Parent]
     files: dict[str, FileEntry]
     environment: dict[str, Any]
 
-    @field_validator("files")
-    @classmethod
-    def _names_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        for name in files:
+    def _agree(self) -> None:
+        for name in self.files:
             if why := unusable_name(name):
-                raise ValueError(f"file name {name[:80]!r} {why}")
-        return files
-
-    @model_validator(mode="after")
-    def _fits_a_device(self) -> Manifest:
+                raise ValueError(f"files: file name {name[:80]!r} {why}")
         if self.kind in FOR_DEVICES:
             total = sum(entry.size for entry in self.files.values())
             if len(self.files) > MAX_DEVICE_FILES or total > MAX_DEVICE_BYTES:
                 raise ValueError(f"{len(self.files)} files of {total} bytes are more than a device takes")
-        return self
 
     @property
     def digest(self) -> str:
@@ -188,10 +176,10 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
     seal = body.pop("seal", None)
     try:
         manifest = Manifest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))[:200]
-        raise ArtifactError(f"is not valid at {place!r}: {first['msg']}", where=path, fix=remedy) from error
+    except RecordError as error:
+        first = error.problems[0]
+        place = ".".join(map(str, first.place))[:200]
+        raise ArtifactError(f"is not valid at {place!r}: {first.text}", where=path, fix=remedy) from error
     if seal != _sha256(body):
         raise ArtifactError("does not match its seal", where=path, fix=remedy)
     return manifest

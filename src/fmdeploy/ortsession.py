@@ -35,7 +35,7 @@ def ort_session(
         MissingError: The provider is not available here, or onnxruntime is not installed.
         ModelFileError: ONNX Runtime refuses the model.
     """
-    # From 1.32 on the library tells its vendor of its use and keeps a device id in the home folder, unless told not to.
+    # From 1.29 on the library tells its vendor of its use and keeps a device id in the home folder, unless told not to.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     ort = require("onnxruntime")
     if provider not in ort.get_available_providers():
@@ -58,6 +58,8 @@ def _options(ort: Any, provider: str, threads: int, optimise: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    # Bytes that carry the mark of ONNX Runtime's own format would be read as that, not as the ONNX file they also are.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if provider != CPU:

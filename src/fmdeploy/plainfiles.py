@@ -17,8 +17,9 @@ from typing import BinaryIO
 from fmdeploy.errors import ArtifactError
 from fmdeploy.likely import cause_of
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18  # fits a second-level cache
 HEAD_BYTES = 512
+MAX_DEPTH = 64  # folders in folders; no artifact has more than two
 FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 REMEDY = "Copy the artifact again, or re-run the stage that wrote it"
 
@@ -64,24 +65,25 @@ def open_below(
         ArtifactError: It is missing, a link, behind a link, or no regular file.
     """
     handle = _open_parts(folder, PurePosixPath(name).parts, root / name)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ArtifactError("is not a regular file", where=root / name, found=_kind(status.st_mode), fix=REMEDY)
     with os.fdopen(handle, "rb", buffering=0) as stream:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError("is not a regular file", where=root / name, found=_kind(status.st_mode), fix=REMEDY)
         if single and status.st_nlink != 1:
             raise ArtifactError("is a hard link: somebody else may change it", where=root / name,
                                 expected="1 name", found=status.st_nlink, fix="Copy the bundle with cp -r")
         yield stream, status
 
 
-def _open_parts(folder: int, parts: tuple[str, ...], path: Path) -> int:
+def _open_parts(folder: int, parts: tuple[str, ...], path: Path, last: int = 0) -> int:
     at = os.dup(folder)
     try:
         for part in parts[:-1]:
             inner = _open_one(at, part, FLAGS | os.O_DIRECTORY, path)
             os.close(at)
             at = inner
-        return _open_one(at, parts[-1], FLAGS, path)
+        return _open_one(at, parts[-1], FLAGS | last, path)
     finally:
         os.close(at)
 
@@ -119,10 +121,11 @@ def verify_below(folder: int, name: str, root: Path, *, size: int, sha256: str, 
     with open_below(folder, name, root, single=single) as (stream, status):
         require_size(stream, status, size, root / name)
         digest, read, head = hashlib.sha256(), 0, b""
-        while read <= size and (chunk := stream.read(CHUNK)):
-            digest.update(chunk)
-            head = head or chunk[:HEAD_BYTES]
-            read += len(chunk)
+        buffer = memoryview(bytearray(min(CHUNK, size + 1)))  # one for all chunks: fresh memory costs more than hashing
+        while read <= size and (count := stream.readinto(buffer)):  # type: ignore[attr-defined]
+            digest.update(buffer[:count])
+            head = head or bytes(buffer[: min(count, HEAD_BYTES)])
+            read += count
     if digest.hexdigest() != sha256:
         raise altered(root / name, head, sha256, digest.hexdigest())
 
@@ -130,7 +133,7 @@ def verify_below(folder: int, name: str, root: Path, *, size: int, sha256: str, 
 def read_at_most(stream: BinaryIO, count: int) -> bytes:
     """Read up to `count` bytes of an unbuffered stream."""
     parts: list[bytes] = []
-    while count > 0 and (chunk := stream.read(min(count, 64 * CHUNK))):
+    while count > 0 and (chunk := stream.read(min(count, 256 * CHUNK))):
         parts.append(chunk)
         count -= len(chunk)
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -155,14 +158,38 @@ def altered(path: Path, head: bytes, expected: str, found: str) -> ArtifactError
                          expected=expected[:12], found=found[:12], fix=REMEDY)
 
 
-def names_below(folder: int) -> set[str]:
-    """Relative names of everything below an open folder that is no real folder, links to folders included."""
+def names_below(folder: int, root: Path) -> set[str]:
+    """Relative names of everything below an open folder that is no real folder, links to folders included.
+
+    Raises:
+        ArtifactError: A folder may not be listed, or lies deeper than those of any artifact.
+    """
     found: set[str] = set()
-    for top, folders, names, handle in os.fwalk(".", dir_fd=folder, follow_symlinks=False):
-        base = PurePosixPath(top)
-        links = [one for one in folders if stat.S_ISLNK(os.stat(one, dir_fd=handle, follow_symlinks=False).st_mode)]
-        found |= {(base / name).as_posix() for name in (*names, *links)}
+    waiting = [""]
+    while waiting:
+        base = waiting.pop()
+        if base.count("/") > MAX_DEPTH:
+            raise ArtifactError("holds folders nested too deep", where=root, expected=f"at most {MAX_DEPTH}",
+                                fix="Remove what its manifest does not list")
+        for entry in _entries(folder, base, root):
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(f"{base}{entry.name}/")
+            else:
+                found.add(base + entry.name)
     return found
+
+
+def _entries(folder: int, base: str, root: Path) -> list[os.DirEntry[str]]:
+    parts = PurePosixPath(base).parts
+    handle = _open_parts(folder, parts, root / base, os.O_DIRECTORY) if parts else os.dup(folder)
+    try:
+        with os.scandir(handle) as entries:
+            return list(entries)
+    except OSError as error:
+        raise ArtifactError(f"cannot be listed: {error.strerror}", where=root / base, fix="Check its permissions"
+                            ) from error
+    finally:
+        os.close(handle)
 
 
 def _head(path: Path) -> bytes:

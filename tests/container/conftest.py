@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support.containers import ARCH, FACTS, PATIENCE_S, PYTHON, Started, fact, fmdeploy
+from support.containers import ARCH, FACTS, HEALTH_S, PATIENCE_S, PYTHON, Started, fact, fmdeploy
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -32,11 +32,11 @@ def client() -> Any:
 
 
 @pytest.fixture(scope="session")
-def image(client: Any, root: Path) -> Iterator[dict[str, Any]]:
+def image(client: Any) -> Iterator[dict[str, Any]]:
     """What `fmdeploy container build` says of the image it made; the image is removed afterwards."""
     tag, start = f"fmdeploy-test-runtime:{os.getpid()}", time.monotonic()
     done = fmdeploy("container", "build", "--jetpack", "6", "--base", os.environ["FMDEPLOY_BASE"], "--arch", ARCH,
-                    "--python", PYTHON, "--constraint", str(root / "constraints.txt"), "--tag", tag, "--json")
+                    "--python", PYTHON, "--tag", tag, "--json")
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
     fact(f"image for {ARCH}: {told['size_mib']:.0f} MiB, {len(told['wheels'])} wheels of {told['wheels_mib']:.1f} MiB, "
@@ -60,7 +60,8 @@ def started(client: Any, image: dict[str, Any], sockets: Path, bundle: Path) -> 
     start = time.monotonic()
     try:
         done = fmdeploy("container", "run", str(bundle), "--tag", image["tag"], "--name", name, "--sockets", str(sockets),
-                        "--engines", name, "--groups", "4242", "--start-s", str(PATIENCE_S), "--json")
+                        "--engines", name, "--groups", "4242", "--start-s", str(PATIENCE_S), "--health-s", str(HEALTH_S),
+                        "--json")
         assert done.returncode == 0, done.stderr
         fact(f"healthy {time.monotonic() - start:.1f} s after `container run`")
         yield Started(client.containers.get(name), json.loads(done.stdout))

@@ -206,6 +206,21 @@ def test_F32_the_mode_changes_during_the_run(board: FakeBoard) -> None:
     assert "the power mode changed from 25W (id 1) to 15W (id 0)" in conditions.why_not
 
 
+def test_F32_a_mode_that_took_effect_only_during_the_run(board: FakeBoard) -> None:
+    """The tool said 7W from the start; two cores went offline, and the status file caught up, while it was measured."""
+    board.query("7W", 3)
+
+    def late() -> None:
+        board.status(3)
+        for core in (4, 5):
+            board.write(f"sys/devices/system/cpu/cpu{core}/online", "0\n")
+
+    _, conditions = watched(late, board.root)
+    assert read_power(board.root).contradictions == (), "control: afterwards all agree"
+    assert "never took effect" in "; ".join(conditions.tainted)
+    assert "7W" in conditions.against("7W")
+
+
 @pytest.mark.parametrize("script", ["sleep 600", "exit 1", "printf '\\377\\000'"])
 def test_F32_an_unknown_mode_is_not_measured(script: str, board: FakeBoard) -> None:
     board.program("nvpmodel", script, folder="usr/sbin")

@@ -221,7 +221,7 @@ def test_F14_control_fresh_stamps() -> None:
 
 
 @pytest.mark.parametrize(("shift_ms", "word"), [(1.0, "1.0 ms in the future"), (0.0, "repeats"), (-5.0, "is older than"),
-                                                (-1e6, "is older than")], ids=["future", "duplicate", "order", "zero"])
+                                                (-1e9, "is no time")], ids=["future", "duplicate", "order", "zero"])
 def test_F15_wrong_stamps(fdti: Fdti, shift_ms: float, word: str) -> None:
     target, clock = timeless()
     assert target.infer(frame(0), stamp_ns=clock.now).valid

@@ -20,6 +20,7 @@ from fmdeploy.draft import Draft
 from fmdeploy.evaluate.evaluation import data_key, evaluate
 from fmdeploy.task import Task, load_task
 from support.bundles import Arrays, budgets, io_spec, make_bundle, run_model
+from support.checkable import calibrate
 from support.fdti import Fdti
 from support.processes import FMDEPLOY
 from support.report_artifacts import dataset
@@ -84,6 +85,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Students:
     def contents(draft: Draft) -> None:
         draft.write_json("io.json", task.io.model_dump(mode="json"))
         draft.write_json("model.json", {"task": "bev-occupancy"})
+        calibrate(draft, task, data.artifact.root)
         evaluate(lambda inputs: run_model(honest, inputs), task.samples(data, "test"), task.metrics(),
                  data=data_key(data.digest, "test")).save(draft, "teacher_evaluation")
 

@@ -96,8 +96,10 @@ def test_T17_score_rises_with_the_disturbance(name: str, fdti: Fdti) -> None:
     with fdti.detecting(name):
         score, codes = distance(guards, disturb(fresh[0], ladder[-1]))
     assert score > rungs[0]
-    if score > GuardConfig().unusual_sigma:
-        assert set(codes) == {Reason.UNUSUAL_INPUT}
+    limits = GuardConfig()
+    assert (Reason.OUT_OF_DISTRIBUTION in codes) == (score > limits.refuse_sigma)
+    assert bool(codes) == (score > limits.unusual_sigma)
+    assert set(codes) <= {Reason.UNUSUAL_INPUT, Reason.OUT_OF_DISTRIBUTION}
 
 
 def test_T17_one_look_a_frame_is_enough_for_a_whole_picture(fdti: Fdti) -> None:
@@ -124,11 +126,38 @@ def test_T17_a_warning_ends_with_its_cause() -> None:
 
 def test_T17_unusual_input_is_a_warning() -> None:
     odd = frame()
-    odd["lidar"][:] = np.minimum(odd["lidar"] + (np.arange(16) % 2), 1)
+    odd["lidar"][:] = np.minimum(odd["lidar"] + 0.6 * (np.arange(16) % 2), 1)
     found = runtime().infer(odd)
     assert found.reasons == (Reason.UNUSUAL_INPUT,)
     assert found.valid
-    assert found.scores["lidar.distance"] > 8
+    assert 8 < found.scores["lidar.distance"] < 12
+
+
+def test_T17_far_from_calibration_is_refused(fdti: Fdti) -> None:
+    """A stream: refused within two frames, in every frame while it lasts, and not in the first one after it."""
+    def noisy(seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+        return {name: np.maximum(x, rng.uniform(0.6, 1, x.shape)).astype(np.float32) for name, x in frame(seed).items()}
+
+    target = runtime()
+    assert all(target.infer(frame(seed)).valid for seed in range(20))
+    found = [target.infer(noisy(seed)) for seed in range(20, 60)]
+    first = next(number for number, each in enumerate(found) if not each.valid)
+    fdti.report(first * PERIOD_MS, f"noise over all inputs, refused after {first} frames at 10 Hz")
+    assert first <= 1
+    for each in found[first:]:
+        assert not each.valid
+        assert Reason.OUT_OF_DISTRIBUTION in each.reasons
+    assert "sigmas off, at most 12 are allowed" in found[-1].findings[0].detail
+    assert target.infer(frame(60)).valid
+
+
+def test_T17_control_refusing_can_be_switched_off() -> None:
+    odd = frame()
+    odd["lidar"][:] = np.minimum(odd["lidar"] + (np.arange(16) % 2), 1)
+    assert runtime().infer(odd).reasons == (Reason.OUT_OF_DISTRIBUTION,)
+    found = runtime(guards=GuardConfig(refuse_sigma=0)).infer(odd)
+    assert (found.valid, found.reasons) == (True, (Reason.UNUSUAL_INPUT,))
 
 
 def test_T17_output_outside_its_band(fdti: Fdti) -> None:

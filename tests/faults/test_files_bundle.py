@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -166,6 +167,33 @@ def test_M5_device_node(bundle: Path, fdti: Fdti) -> None:
     except PermissionError:
         pytest.skip("no device nodes in this container")
     refuse(bundle, "is not a regular file", fdti, "/dev/zero by another name")
+
+
+def test_M5_folder_behind_an_open_bundle_and_in_place_of_the_signature(bundle: Path, fdti: Fdti) -> None:
+    opened = open_bundle(bundle)
+    (bundle / "model.fp32.onnx").rename(bundle.parent / "aside")
+    (bundle / "model.fp32.onnx").mkdir()
+    with fdti.detecting("after opening"), pytest.raises(ArtifactError, match="not a regular file"):
+        opened.model_bytes("fp32")
+    (bundle / "model.fp32.onnx").rmdir()
+    (bundle.parent / "aside").rename(bundle / "model.fp32.onnx")
+    (bundle / "model.sig").mkdir()
+    (bundle / "model.sig" / "x").write_bytes(b"1")
+    resealed(bundle, lambda body: body["files"].update({"model.sig/x": {"sha256": hashlib.sha256(b"1").hexdigest(), "size": 1}}))
+    refuse(bundle, "not a regular file", fdti, "as signature")
+
+
+def test_M5_folders_without_end(bundle: Path, fdti: Fdti) -> None:
+    at = os.open(bundle, os.O_RDONLY)
+    for _ in range(1500):  # deeper than a path can name, and than Python can recurse
+        os.mkdir("a", dir_fd=at)
+        inner = os.open("a", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = inner
+    os.close(at)
+    refuse(bundle, "nested too deep", fdti)
+    subprocess.run(["rm", "-rf", bundle / "a"], check=True)
+    assert open_bundle(bundle), "control"
 
 
 @pytest.mark.timeout(60)

@@ -18,10 +18,11 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 
 from fmdeploy.errors import ArtifactError, ModelFileError
 from fmdeploy.runtime.bundle import open_bundle
+from fmdeploy.runtime.onnxcheck.checks import check_model, remarks
 from fmdeploy.runtime.onnxcheck.interface import Declared
 from fmdeploy.runtime.tiers import admit_tier
 from support.badfiles import Change, check, edited, initializer, refused_by_runtime, replace
-from support.bundles import fp32_model, inputs, int8_model, make_bundle
+from support.bundles import fp32_model, inputs, int8_model, io_spec, make_bundle
 from support.fdti import Fdti
 
 
@@ -260,18 +261,35 @@ def _weight(value: float, count: int = 1) -> Change:
 @pytest.mark.parametrize(("value", "count", "message"), [
     (np.nan, 1, "'w2': holds weights that are no numbers .*found 1 of"),
     (np.inf, 1, "no numbers .*inf"), (-np.inf, 3, "no numbers .*found 3 of"),
-    (1e-41, 60, "'w2': holds weights too small for float32"), (0.0, 10**6, "'w2': is a weight of nothing but zeros")])
+    (1e-41, 60, "'w2': holds weights too small for float32")])
 def test_M18_weights_that_are_no_weights(value: float, count: int, message: str, fdti: Fdti) -> None:
     raw = edited(_weight(value, count))
     assert accepted_by_onnxruntime(raw)
     refuse(raw, message, fdti)
 
 
-def test_M18_zero_weights_behind_a_quantiser(fdti: Fdti) -> None:
+def _all_zero(*names: str) -> Change:
     def change(model: ModelProto) -> None:
-        replace(model, "w2_quantized", np.zeros_like)
+        for name in names:
+            replace(model, name, np.zeros_like)
 
-    refuse(edited(change, variant="int8-cpu"), "nothing but zeros", fdti, variant="int8-cpu")
+    return change
+
+
+@pytest.mark.parametrize(("variant", "suffix"), [("fp32", ""), ("int8-cpu", "_quantized")])
+def test_M18_network_of_nothing_but_zeros(variant: str, suffix: str, fdti: Fdti) -> None:
+    raw = edited(_all_zero(*(f"w{k}{suffix}" for k in (1, 2, 3, 4))), variant=variant)
+    assert accepted_by_onnxruntime(raw)
+    refuse(raw, "is a network of nothing but zeros", fdti, variant=variant)
+
+
+@pytest.mark.parametrize(("variant", "suffix"), [("fp32", ""), ("int8-cpu", "_quantized")])
+def test_M18_one_layer_of_zeros_passes_with_a_remark(variant: str, suffix: str) -> None:
+    raw = edited(_all_zero(f"w2{suffix}"), variant=variant)
+    model = check_model(raw, io_spec(), where="model.onnx", declared=Declared(variant.startswith("int8")))
+    assert [f"'w2{suffix}' is a weight of nothing but zeros (1 of 4)" in one for one in remarks(model)] == [True]
+    whole = check_model(edited(lambda model: None, variant=variant), io_spec(), where="model.onnx")
+    assert remarks(whole) == ()
 
 
 def test_M18_NaN_in_a_constant_of_a_node(fdti: Fdti) -> None:
@@ -280,6 +298,27 @@ def test_M18_NaN_in_a_constant_of_a_node(fdti: Fdti) -> None:
         model.graph.node.append(helper.make_node("Constant", [], ["c"], "c", value=value))
 
     refuse(edited(change), "no numbers", fdti)
+
+
+@pytest.mark.parametrize("attribute", [{"value_float": float("nan")}, {"value_floats": [1.0] * 15 + [float("inf")]}, {"value_float": float("inf")}])
+def test_M18_no_number_in_a_plain_constant(attribute: dict[str, Any], fdti: Fdti) -> None:
+    def change(model: ModelProto) -> None:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], "c", **attribute))
+        model.graph.node.insert(1, helper.make_node("Add", ["lidar", "c"], ["unused"], "sum"))
+
+    raw = edited(change)
+    assert accepted_by_onnxruntime(raw)
+    refuse(raw, "no number", fdti)
+
+
+def test_M18_control_infinite_mask_and_open_bound_pass() -> None:
+    def change(model: ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "masked"))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(False), "nowhere"))
+        model.graph.node.append(helper.make_node("Where", ["nowhere", "masked", "a1"], ["chosen"], "where"))
+        model.graph.node.append(helper.make_node("Clip", ["chosen", "masked"], ["unused"], "clip"))
+
+    check(edited(change))
 
 
 def test_M18_control_large_and_few_tiny_weights_pass() -> None:

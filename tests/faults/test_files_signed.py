@@ -228,6 +228,30 @@ print(sorted(set(sys.modules) & {{"model_signing", "sigstore", "requests", "urll
     assert set(eval(lines[1])) <= {"pickle"}, "numpy imports pickle; nothing here does"
 
 
+@pytest.mark.parametrize("verb", ["bench", "check", "evaluate", "run"])
+def test_M23_every_verb_that_opens_a_bundle_can_demand_a_signature(verb: str, tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    from fmdeploy.runtime.check.check import check
+    from fmdeploy.runtime.measure.bench import bench
+    from fmdeploy.runtime.run import run
+    from fmdeploy.runtime.trouble.evaluate import evaluate
+
+    stages: dict[str, Any] = {"bench": bench, "check": check, "evaluate": evaluate, "run": run}
+    data = {} if verb == "bench" else {"data": tmp_path / "none"}
+    out = {} if verb == "bench" else {"out": tmp_path / "out"}
+    with pytest.raises(ArtifactError, match="is not signed"):
+        stages[verb](bundle=toy_bundle(), require_signature=keys[1], **data, **out)
+
+
+def test_M23_bench_says_who_signed(signed: Path, keys: tuple[Path, Path]) -> None:
+    from fmdeploy.runtime.measure.bench import bench
+
+    found = bench(bundle=signed, require_signature=keys[1], tiers=("fp32",), runs=30)
+    assert found.data["signature"]["state"] == "verified"
+    assert any(line.startswith("signature: verified by key") for line in found.lines)
+    assert set(found.data["tiers"]["fp32"]) >= {"n", "p50_ms", "p95_ms", "p99_ms", "max_ms", "peak_mib", "memory"}
+    assert found.data["environment"]["machine"]
+
+
 # M24: archives.
 
 
@@ -285,6 +309,24 @@ def test_M24_tar_that_is_up_to_something(case: str, tmp_path: Path, fdti: Fdti) 
     refuse_archive(gzip.compress(tar_of(toy_bundle(), extra=extra), 1), message, tmp_path, fdti, "bundle.tar.gz")
 
 
+@pytest.mark.parametrize("header", [{"comment": "x" * 100_000}, {"path": "bundle/" + "x" * 100_000}])
+def test_M24_tar_with_headers_without_end(header: dict[str, str], tmp_path: Path, fdti: Fdti) -> None:
+    def add(archive: tarfile.TarFile) -> None:
+        info = tarfile.TarInfo("bundle/extra")
+        info.pax_headers = header
+        archive.addfile(info)
+
+    refuse_archive(tar_of(toy_bundle(), extra=add), "header that is too large", tmp_path, fdti)
+
+
+def test_M24_refusal_names_the_archive_not_the_folder_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "extra.tar").write_bytes(tar_of(toy_bundle(), extra=TARS["unlisted"][0]))
+    with pytest.raises(ArtifactError, match="does not list") as caught:
+        unpack(archive=str(tmp_path / "extra.tar"), out=str(tmp_path / "out"))
+    assert str(tmp_path / "extra.tar") in str(caught.value)
+    assert ".unpack" not in str(caught.value)
+
+
 def zip_of(root: Path, *, extra: dict[str, bytes] | None = None, mode: int = 0, encrypted: bool = False) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -338,7 +380,7 @@ def test_M24_decompression_bomb(how: str, tmp_path: Path, fdti: Fdti) -> None:
         plain = tar_of(toy_bundle(), extra=bomb)
         raw = lzma.compress(plain, preset=0) if how == "tar.xz" else gzip.compress(plain, 1)
     assert len(raw) < size / 30
-    refuse_archive(raw, "a decompression bomb", tmp_path, fdti, f"bundle.{how}")
+    refuse_archive(raw, "header that is too large" if how == "header" else "a decompression bomb", tmp_path, fdti, f"bundle.{how}")
 
 
 @pytest.mark.parametrize("raw", [b"", b"hello", gzip.compress(b"hello"), bytes(20000), b"PK\x03\x04" + bytes(50),

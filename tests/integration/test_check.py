@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file
 
@@ -38,6 +39,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle").root
 
 
+@pytest.fixture(scope="module")
+def checked(bundle: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """One check with nothing special about it; what only reads it need not measure again."""
+    return _check(bundle, data, tmp_path_factory.mktemp("checked") / "c")
+
+
 def _check(bundle: Path, data: Path, out: Path, **options: Any) -> Outcome:
     return check(bundle=bundle, data=data, out=out, task=TASK, runs=options.pop("runs", 100), **options)
 
@@ -46,10 +53,9 @@ def _rows(found: Outcome) -> dict[str, dict[str, Any]]:
     return {row["name"] + (f" [{row['slice']}]" if row["slice"] else ""): row for row in found.data["gates"]}
 
 
-def test_check_passes_and_writes_everything(bundle: Path, data: Path, tmp_path: Path) -> None:
-    found = _check(bundle, data, tmp_path / "c")
-    assert found.exit_code == 0, found.lines
-    artifact = open_artifact(tmp_path / "c", Kind.CHECK)
+def test_check_passes_and_writes_everything(checked: Outcome) -> None:
+    assert checked.exit_code == 0, checked.lines
+    artifact = open_artifact(checked.data["path"], Kind.CHECK)
     for name in ("check.json", "gates.json", "junit.xml", "summary.md", "latency.json", "metrics.json",
                  "evaluation.fp32.safetensors", "evaluation.int8-cpu.json", "examples.fp32.safetensors"):
         assert artifact.has(name), name
@@ -59,9 +65,8 @@ def test_check_passes_and_writes_everything(bundle: Path, data: Path, tmp_path: 
     assert set(artifact.inputs) == {"bundle", "data"}
 
 
-def test_accuracy_is_that_of_the_bare_model(bundle: Path, data: Path, tmp_path: Path) -> None:
-    _check(bundle, data, tmp_path / "c")
-    artifact = open_artifact(tmp_path / "c")
+def test_accuracy_is_that_of_the_bare_model(checked: Outcome, data: Path) -> None:
+    artifact = open_artifact(checked.data["path"])
     opened = open_dataset(data)
     task = ToyTask()
     metric = task.metrics()[0]
@@ -86,9 +91,8 @@ def test_a_measurement_is_never_taken_from_the_shelf(bundle: Path, data: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_a_check_says_what_it_was_measured_with(bundle: Path, data: Path, tmp_path: Path) -> None:
-    _check(bundle, data, tmp_path / "c", runs=30)
-    request = open_artifact(tmp_path / "c").manifest.config
+def test_a_check_says_what_it_was_measured_with(checked: Outcome) -> None:
+    request = open_artifact(checked.data["path"]).manifest.config
     assert request["processor"]
     assert request["num_cpus"] >= 1
     assert set(request["packages"]) == {"onnxruntime", "numpy"}
@@ -108,7 +112,7 @@ def test_only_a_check_is_replaced(bundle: Path, data: Path, tmp_path: Path) -> N
 
 def test_a_failed_repetition_keeps_the_old_check(bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                                  ) -> None:
-    first = _check(bundle, data, tmp_path / "c", runs=30)
+    first = _check(bundle, data, tmp_path / "c", runs=30, tiers=("fp32",))
 
     def broken(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -203,6 +207,18 @@ def test_refused_tier_fails_the_check(data: Path, tmp_path: Path) -> None:
     by_default = _check(bundle.root, data, tmp_path / "c2")
     assert by_default.exit_code == 0, "a bundle that never had INT8 is checked for what it has"
     assert set(by_default.data["tiers"]) == {"fp32"}
+
+
+def test_a_layer_of_zeros_is_said(checked: Outcome, data: Path, tmp_path: Path) -> None:
+    model = onnx.load_from_string(fp32_model())
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "w2")
+    weight.raw_data = bytes(len(weight.raw_data))
+    bundle = make_bundle(tmp_path / "b", models={"fp32": model.SerializeToString()})
+    found = _check(bundle.root, data, tmp_path / "c", runs=30, tiers=("fp32",))
+    remark = "fp32: tensor 'w2' is a weight of nothing but zeros (1 of 4): that layer adds nothing"
+    assert remark in found.data["notes"]
+    assert remark in (tmp_path / "c" / "summary.md").read_text()
+    assert not any("zeros" in note for note in checked.data["notes"]), "control"
 
 
 def test_bad_requests(bundle: Path, data: Path, tmp_path: Path) -> None:
@@ -302,13 +318,12 @@ def test_equal_samples_are_no_frozen_sensor(data: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0
 
 
-def test_compare_does_not_mix_threads_or_metrics(bundle: Path, data: Path, tmp_path: Path) -> None:
-    _check(bundle, data, tmp_path / "one")
-    _check(bundle, data, tmp_path / "two", threads=2)
+def test_compare_does_not_mix_threads_or_metrics(checked: Outcome, bundle: Path, data: Path, tmp_path: Path) -> None:
+    _check(bundle, data, tmp_path / "two", threads=2, runs=30, tiers=("fp32",))
     limits = tmp_path / "b.toml"
     limits.write_text(budgets(metric="scene_accuracy").to_toml())
-    _check(bundle, data, tmp_path / "other", budgets=limits)
-    options: dict[str, Any] = {"deployed": tmp_path / "one", "tier": "fp32", "min_samples": 20, "min_slice_samples": 20}
+    _check(bundle, data, tmp_path / "other", budgets=limits, runs=30, tiers=("fp32",))
+    options: dict[str, Any] = {"deployed": Path(checked.data["path"]), "tier": "fp32", "min_samples": 20, "min_slice_samples": 20}
     threads = compare(candidate=tmp_path / "two", out=tmp_path / "c1", max_latency_ratio=100.0, **options)
     row = _rows(threads)["latency p50 ratio, candidate / deployed"]
     assert (row["result"], row["reason"]) == ("not measured", "the checks ran with 2 and 1 threads")
@@ -318,31 +333,30 @@ def test_compare_does_not_mix_threads_or_metrics(bundle: Path, data: Path, tmp_p
     assert (threads.exit_code, metrics.exit_code) == (1, 1)
 
 
-def test_compare(bundle: Path, data: Path, tmp_path: Path) -> None:
-    _check(bundle, data, tmp_path / "deployed")
+def test_compare(checked: Outcome, data: Path, tmp_path: Path) -> None:
+    deployed = Path(checked.data["path"])
     worse = make_bundle(tmp_path / "b2", models={"fp32": fp32_model(), "int8-cpu": int8_model(seed=1)})
     _check(worse.root, data, tmp_path / "worse")
-    options: dict[str, Any] = {"deployed": tmp_path / "deployed", "min_samples": 20, "min_slice_samples": 20}
-    same = compare(candidate=tmp_path / "deployed", out=tmp_path / "same", **options)
+    options: dict[str, Any] = {"deployed": deployed, "min_samples": 20, "min_slice_samples": 20}
+    same = compare(candidate=deployed, out=tmp_path / "same", **options)
     assert same.exit_code == 0
     assert same.data["values"]["candidate"] == same.data["values"]["deployed"]
     assert {row["slice"] for row in same.data["gates"]} >= {None, "weather=fog", "scenario=merge"}
     bad = compare(candidate=tmp_path / "worse", out=tmp_path / "bad", tier="int8-cpu", **options)
     assert bad.exit_code == 1
     assert bad.data["gates"][0]["result"] == "fail"
-    slow = compare(candidate=tmp_path / "deployed", out=tmp_path / "slow", max_latency_ratio=0.5, **options)
+    slow = compare(candidate=deployed, out=tmp_path / "slow", max_latency_ratio=0.5, **options)
     assert slow.exit_code == 1
     assert [row["name"] for row in slow.data["gates"] if row["result"] == "fail"] == [
         "latency p50 ratio, candidate / deployed"]
     assert open_artifact(tmp_path / "bad", Kind.CHECK).has("junit.xml")
 
 
-def test_compare_refuses_other_data(bundle: Path, data: Path, tmp_path: Path) -> None:
+def test_compare_refuses_other_data(checked: Outcome, bundle: Path, tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "d2", seed=4).root
-    _check(bundle, data, tmp_path / "one")
-    _check(bundle, other, tmp_path / "two")
+    _check(bundle, other, tmp_path / "two", runs=30, tiers=("fp32",))
     with pytest.raises(DataError, match="different data"):
-        compare(candidate=tmp_path / "one", deployed=tmp_path / "two", out=tmp_path / "c")
+        compare(candidate=Path(checked.data["path"]), deployed=tmp_path / "two", out=tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 

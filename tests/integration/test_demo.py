@@ -15,7 +15,8 @@ from fmdeploy.artifact import open_artifact
 from fmdeploy.manifest import Kind
 
 KINDS = {"data": Kind.DATASET, "teacher": Kind.TEACHER, "features": Kind.FEATURES, "student": Kind.STUDENT,
-         "student_scratch": Kind.STUDENT, "quantized": Kind.QUANTIZED, "bundle": Kind.BUNDLE, "check": Kind.CHECK}
+         "student_scratch": Kind.STUDENT, "quantized": Kind.QUANTIZED, "bundle": Kind.BUNDLE, "check": Kind.CHECK,
+         "trouble": Kind.EVALUATION}
 
 
 @pytest.fixture(scope="module")

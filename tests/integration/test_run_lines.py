@@ -15,7 +15,7 @@ import pytest
 from fmdeploy.command import Outcome
 from fmdeploy.data.format import open_dataset
 from fmdeploy.data.from_arrays import write_arrays
-from fmdeploy.records import emit, records_to, somebody_listens
+from fmdeploy.jsonlines import emit, records_to, somebody_listens
 from fmdeploy.runtime.run import run
 from support.runtimes import toy_bundle
 from support.toy_task import ToyTask, make_dataset

@@ -96,6 +96,15 @@ print(json.dumps(sorted(set(sys.modules) & {"torch", "numpy", "pydantic", "onnxr
     assert run_python(code) == []
 
 
+def test_a_runtime_starts_without_what_only_the_command_line_needs() -> None:
+    code = """
+import json, sys
+import fmdeploy.runtime.session, fmdeploy.runtime.supervisor.worker
+print(json.dumps(sorted(set(sys.modules) & {"pydantic", "pydantic_core", "click", "rich", "importlib.metadata"})))
+"""
+    assert run_python(code) == []
+
+
 def test_importing_the_runtime_loads_neither_torch_nor_onnx() -> None:
     code = """
 import json, sys

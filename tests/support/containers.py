@@ -14,6 +14,7 @@ from support.processes import FMDEPLOY
 ARCH = os.environ.get("FMDEPLOY_ARCH") or {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), "")
 EMULATED = {"amd64": "x86_64", "arm64": "aarch64"}.get(ARCH) != platform.machine()
 PATIENCE_S = 900 if EMULATED else 120
+HEALTH_S = 120 if EMULATED else 10  # of one health check, which starts a Python
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 FACTS: list[str] = []
 WORKER = "fmdeploy.runtime.supervisor.worker"

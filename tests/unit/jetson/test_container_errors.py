@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,9 +53,14 @@ def test_the_socket_folder_belongs_to_the_user(tmp_path: Path) -> None:
     prepare_sockets(tmp_path / "run", "4321:4321")
 
 
-def test_wheels_are_fetched_by_the_python_that_will_use_them(tmp_path: Path) -> None:
+def test_other_versions_are_chosen_by_the_python_that_will_use_them(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"expected 3\.9, found 3\.\d+\)\. Run fmdeploy with python3\.9"):
-        gather(tmp_path, source=None, python="3.9", arch="arm64", constraint=None)
+        gather(tmp_path, source=None, python="3.9", arch="arm64", constraints=tmp_path)
+
+
+def test_a_python_for_which_nothing_is_locked(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"wheels-cp39\.lock: no wheels are locked for Python 3\.9\..*--constraints"):
+        gather(tmp_path, source=None, python="3.9", arch="arm64", constraints=None)
 
 
 def test_a_wheelhouse_without_fmdeploy_is_refused(tmp_path: Path) -> None:
@@ -66,6 +73,10 @@ def test_foreign_wheels_name_every_glibc_up_to_the_base() -> None:
     assert "manylinux_2_35_riscv64" in flags
     assert "manylinux_2_36_riscv64" not in flags
     assert "cp310" in flags
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    arch = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+    assert not list(foreign(here, arch)), "pip knows best what fits this machine"
+    assert "cp39" in list(foreign("3.9", arch))
 
 
 def test_pip_failure_is_one_line() -> None:

@@ -92,6 +92,11 @@ def test_health_counts_only_after_the_first_start() -> None:
     assert options(start_s=60)["healthcheck"]["start_period"] == 60_000_000_000
 
 
+def test_a_slow_machine_may_have_longer_health_checks() -> None:
+    assert options()["healthcheck"]["timeout"] == 10_000_000_000
+    assert options(health_s=120)["healthcheck"]["timeout"] == 120_000_000_000
+
+
 def fake_host(root: Path) -> Path:
     (root / "etc").mkdir()
     (root / "etc/group").write_text("root:x:0:\nvideo:x:44:me\nbroken\nrender:x:104:\naudio:x:29:\nvideo:x:word:\n")

@@ -15,7 +15,7 @@ import pytest
 from fmdeploy.errors import ConfigError
 from fmdeploy.jetson.checks.container import may_open
 from fmdeploy.jetson.checks.dla import dla_support
-from fmdeploy.jetson.checks.finding import Site, User, version_of
+from fmdeploy.jetson.checks.finding import Severity, Site, User, version_of
 from fmdeploy.jetson.checks.release import release_of
 from fmdeploy.jetson.doctor import CHECKS, doctor, examine
 from fmdeploy.jetson.jetpack import jetpack_of, table
@@ -241,3 +241,22 @@ def test_the_documentation_lists_every_check(root: Path) -> None:
     for name, check in CHECKS:
         meaning = (check.__doc__ or "").split("\n")[0].rstrip(".")
         assert meaning in text, f"docs/doctor.md does not say of {name}: {meaning}"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["proc/meminfo", "etc/nv_tegra_release", "sys/class/thermal/thermal_zone8/temp", "var/lib/nvpmodel/status"])
+@pytest.mark.parametrize("how", ["gone", "folder", "FIFO", "junk"])
+def test_files_that_are_none_hide_no_other_finding(name: str, how: str, tmp_path: Path) -> None:
+    board = orin_nano_jp62(tmp_path / "board")
+    path = board.root / name
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "FIFO":
+        os.mkfifo(path)
+    elif how == "junk":
+        path.write_bytes(b"\xff\x00" * 500)
+    found = examine(Site(board.root, User(65534, frozenset({65534}))))
+    assert {"power-mode", "memory", "temperatures", "python"} <= {one.check for one in found}
+    assert [one for one in found if one.severity is not Severity.OK and not one.fix] == []
+    assert [one for one in found if "could not finish" in one.what] == []

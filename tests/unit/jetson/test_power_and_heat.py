@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmdeploy.jetson.binaries import ask, find_program
+from fmdeploy.jetson.binaries import MAX_BYTES, ask, find_program
 from fmdeploy.jetson.clocks import find_clocks, parse_shown
 from fmdeploy.jetson.machine import board_model, is_jetson
 from fmdeploy.jetson.memory import read_memory, read_process
@@ -182,3 +182,50 @@ def test_a_snapshot_of_this_very_machine_and_of_nothing(tmp_path: Path) -> None:
     nothing = Probe(tmp_path).take()
     assert (nothing.memory.used_mib, nothing.gpu_load_percent, nothing.power_mode, nothing.margin_c) == (None,) * 4
     assert nothing.temperatures_c == nothing.clocks_mhz == nothing.events == {}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("script", "problem"), [
+    ("exec cat /dev/zero", "printed more than"), ("sleep 600 & exit 0", "did not answer within 1 s"),
+    ("exec >&-; exec sleep 600", "did not answer within 1 s"), ("exit 3", "ended with code 3"), ("kill -9 $$", "ended with code -9")])
+def test_tools_without_an_end_are_bounded_in_time_and_memory(script: str, problem: str, tmp_path: Path) -> None:
+    board = orin_nano_jp62(tmp_path / "b")
+    board.program("nvpmodel", f"echo $$ > {tmp_path}/group; {script}", folder="usr/sbin")
+    before = read_process(os.getpid()).peak_mib or 0.0
+    answer = ask("nvpmodel", "-q", root=board.root, timeout_s=1.0)
+    assert (answer.text, problem in answer.problem) == (None, True), answer.problem
+    assert (read_process(os.getpid()).peak_mib or 0.0) - before < 30
+    until = time.monotonic() + 20
+    while _group_lives(int((tmp_path / "group").read_text())):
+        assert time.monotonic() < until, "something of it still runs"
+        time.sleep(0.01)
+
+
+def _group_lives(group: int) -> bool:
+    """Whether a process of this group is there; children of a killed one are reaped by init in its own time."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_tools_that_answer_are_heard_to_the_end(tmp_path: Path) -> None:
+    board = orin_nano_jp62(tmp_path / "b")
+    board.program("nvpmodel", "head -c 50000 /dev/zero | tr '\\0' x; sleep 0.1; echo end", folder="usr/sbin")
+    assert ask("nvpmodel", root=board.root).text == "x" * 50_000 + "end\n"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["\n", " ", " \n", "a", "a ", "x MinFreq=1 MaxFreq=2 ", "NV Power Mode: ", "NV Power Mode: x \n", "< POWER_MODEL ID=1 NAME=",
+                                  "CPU_ONLINE CORE_1 ", "1\n", "MinFreq="])
+def test_time_to_read_an_answer_grows_with_it_and_not_faster(text: str, tmp_path: Path) -> None:
+    board = FakeBoard(tmp_path / "b")
+    answer = (text * MAX_BYTES)[:MAX_BYTES]
+    board.write("etc/nvpmodel.conf", answer)
+    start = time.perf_counter()
+    parse_query(answer)
+    parse_query(f"NV Power Mode: {answer}")
+    parse_shown(answer)
+    modes(board.root)
+    assert time.perf_counter() - start < 3

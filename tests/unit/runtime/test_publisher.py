@@ -247,3 +247,22 @@ def test_threads_may_tell_while_others_publish() -> None:
         thread.join()
     assert len({frame.seq for frame in frames}) == 300
     assert publisher.counters["frames"] >= 300
+
+
+@pytest.mark.parametrize("stamp", [0, -1, float("nan")])
+def test_a_stamp_that_is_no_time_is_refused(stamp: int) -> None:
+    clock = Clock()
+    publisher = Publisher("b", clock=clock)
+    assert [found.code for found in publisher.arrive(stamp).findings] == [Reason.BAD_STAMP]
+    assert publisher.arrive(clock.now).findings == (), "and does not poison the stream"
+
+
+def test_a_deadline_that_is_no_number_is_never_met() -> None:
+    clock = Clock()
+    publisher = Publisher("b", deadline_ms=float("nan"), clock=clock)
+    for kind in (EventKind.VERIFIED, EventKind.LOADED, EventKind.SELF_TEST_PASSED):
+        publisher.tell(kind)
+    assert [found.code for found in publisher.arrive(clock.now).findings] == [Reason.STALE]
+    outputs = {"y": np.zeros(1, np.float32)}
+    found = publisher.publish(publisher.arrive(), Result(outputs, (), "fp32", "m", "CPU", {}))
+    assert (found.valid, found.reasons, found.outputs) == (False, (Reason.LATE,), {})

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from fmdeploy.arrays import Arrays
+from support.bundles import fp32_model, make_bundle
 from support.runtimes import frame, runtime, toy_bundle
 from support.servers import Server, binary_request, outputs_of, parameters_of, serving
 
@@ -149,6 +150,7 @@ def test_an_invalid_frame_never_looks_valid(server: Server, code: str) -> None:
     opted = server.infer(bad, allow_invalid=True)
     facts = parameters_of(opted)
     assert opted.status == 200
+    assert opted.json()["outputs"] == [], "also where the model ran: nothing of it may be used"
     assert facts["valid"] is False
     assert code in facts["reasons"]
 
@@ -389,3 +391,58 @@ def test_the_bundle_was_not_touched() -> None:
     from fmdeploy.runtime import open_bundle
 
     assert open_bundle(toy_bundle()).digest
+
+
+@pytest.mark.parametrize("head", ["GET / HTTP/1.1\r\nX: ", "POST {path} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: "],
+                         ids=["header", "trailer"])
+def test_an_endless_header_is_cut_off_before_it_fills_the_memory(server: Server, head: str) -> None:
+    """The parser hands out whole headers only: one without an end would be collected until the read timeout."""
+    sent, refused = 0, False
+    with raw(server) as sock:
+        sock.sendall(head.format(path=server.infer_path).encode())
+        try:
+            while sent < 64 * 2**20:
+                sent += sock.send(bytes(2**16).replace(b"\0", b"a"))
+        except OSError:  # reset: it closed with bytes unread
+            refused = True
+    assert refused
+    assert sent < 16 * 2**20, "the kernel's buffers, and not much more"
+
+
+def test_empty_lines_between_requests_do_not_hold_a_connection(server: Server) -> None:
+    with raw(server) as sock:
+        sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert b" 200 " in sock.recv(4096)
+        sock.sendall(b"\r\n")  # begins no request, and ends the keep-alive timer
+        sock.settimeout(10 * READ_TIMEOUT_S)
+        begin = time.monotonic()
+        assert b" 408 " in sock.recv(4096)
+        assert time.monotonic() - begin >= 0.9 * READ_TIMEOUT_S
+        sock.sendall(b"")
+
+
+def test_health_says_why_tiers_are_not_used(server: Server) -> None:
+    tiers = server.ask("GET", "/health").json()["tiers"]
+    assert [(one["tier"], one["admitted"]) for one in tiers] == [("fp32", True)]
+
+
+def test_a_frame_that_waited_past_the_servers_deadline_is_late(tmp_path: Path) -> None:
+    """Without a stamp a frame is as old as its wait: the deadline of `--deadline-ms` counts from its arrival."""
+    options = ("--no-supervisor", "--tiers", "fp32", "--queue", "64", "--connections", "64", "--deadline-ms", "60")
+    bundle = make_bundle(tmp_path / "slow", models={"fp32": fp32_model(16, 512)}).root
+    answers: list[tuple[int, list[str], float]] = []
+
+    def one(server: Server, seed: int) -> None:
+        answer = server.infer(frame(seed), allow_invalid=True)
+        facts = parameters_of(answer) if answer.status == 200 else {"age_ms": 0.0, "valid": False}
+        answers.append((answer.status, answer.reasons or [str(facts["valid"])], float(facts["age_ms"]) * facts["valid"]))
+
+    with serving(tmp_path, *options, bundle=bundle) as server:
+        threads = [threading.Thread(target=one, args=(server, seed)) for seed in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert len(answers) == 32
+    assert max(age for _, _, age in answers) <= 60, "a frame older than the deadline was published as valid"
+    assert any(status == 503 and "LATE" in reasons for status, reasons, _ in answers), answers

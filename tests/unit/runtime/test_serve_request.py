@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import tracemalloc
 import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fmdeploy.errors import MissingError
+from fmdeploy.runtime.backends.protocol import DeviceLostError
 from fmdeploy.runtime.frame import Reason
 from fmdeploy.runtime.serve.body import ClientGone, headers_of, pack, read_body, unpack
 from fmdeploy.runtime.serve.config import ServeConfig
@@ -213,6 +214,44 @@ def test_answers_are_packed_for_those_who_accept_it() -> None:
     assert pack(b"abc", b"identity, br, gzip;q=0") == (b"abc", b"")
 
 
+TWICE = {
+    "at the top": b'{"inputs": [], "inputs": %s}',
+    "a stamp": b'{"inputs": %s, "parameters": {"stamp_ns": 1, "stamp_ns": 2}}',
+    "spelt differently": b'{"inputs": %s, "parameters": {"stamp_ns": 1, "stamp_\\u006es": 2}}',
+    "beside a colon": b'{"id": "a:b", "inputs": %s, "parameters": {"stamp_ns": 1, "stamp_ns": 2}}',
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_a_key_that_comes_twice_is_refused(case: str) -> None:
+    """Two readers would understand two requests."""
+    assert "duplicate key" in refusal(TWICE[case] % json.dumps(as_json()["inputs"]).encode())
+    headers, body = binary_request(FRAME)
+    twice = body.replace(b'"datatype": "FP32"', b'"datatype": "FP32", "datatype": "FP32"', 1)
+    size = int(headers["Inference-Header-Content-Length"]) + len(twice) - len(body)
+    with pytest.raises(RequestError, match="duplicate key"):
+        parse({"Inference-Header-Content-Length": str(size)}, twice)
+
+
+def test_colons_in_texts_are_no_keys() -> None:
+    assert parse({}, json.dumps(as_json(id='frame: "12:30"')).encode()).id == 'frame: "12:30"'
+
+
+@pytest.mark.parametrize("first", ["x" * 100_000, True, None, [0.0], {}, "1.5"])
+def test_one_item_that_is_no_number_costs_nothing(first: object) -> None:
+    """Beside a long string numpy would make every number as long; beside numbers it takes True for 1."""
+    root = as_json()
+    root["inputs"][0]["data"][0] = first
+    text = json.dumps(root).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="must be 2048 numbers"):
+            parse({}, text)
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(text) + 2**20
+    finally:
+        tracemalloc.stop()
+
+
 def test_headers_that_come_twice() -> None:
     twice = [(b"inference-header-content-length", b"5"), (b"inference-header-content-length", b"6")]
     with pytest.raises(RequestError, match="comes twice"):
@@ -260,7 +299,7 @@ def test_a_runtime_that_cannot_be_trusted_ends_the_server() -> None:
         runtime.publisher.tell(EventKind.DEVICE_LOST, "every call fails")
         assert not station.is_ready()
         try:
-            with pytest.raises(MissingError, match="cannot run in this process"):
+            with pytest.raises(DeviceLostError, match="cannot run in this process"):
                 await asyncio.wait_for(station.watch(), 30)
         finally:
             assert station.close(30)
