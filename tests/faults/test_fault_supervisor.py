@@ -243,7 +243,7 @@ def test_F11_spinners_on_every_core() -> None:
         missed = runtime.health().counters["missed"]
     late = [one for one in found if one.age_ms > 4.0]
     assert bool(missed) == bool([one for one in late if Reason.LATE in one.reasons])
-    assert not any(one.valid or one.outputs for one in late)
+    assert not any(one.valid or (one.outputs and one.mode != "D3") for one in late)  # D3 holds an older result
     assert all(is_right(one, seed) for seed, one in enumerate(found) if one.valid)
     print(f"F11: {len(late)} of {len(found)} late under {len(spinners)} spinners")
 
