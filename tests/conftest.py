@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line a row of the fault matrices: the largest detection time of its tests.
+
+    Here and not in tests/faults: the process that prints the summary collects no tests, so it reads no inner conftest.
+    """
+    worst: dict[str, tuple[float, str]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in getattr(report, "user_properties", []):
+            if name == "fdti" and value[1] >= worst.get(value[0], (-1.0, ""))[0]:
+                worst[value[0]] = value[1], value[2]
+    if worst:
+        terminalreporter.section("measured fault detection time intervals (FDTI)")
+    for row in sorted(worst, key=lambda text: (text[0], int(text[1:]))):
+        terminalreporter.write_line(f"{row:4} {worst[row][0]:10.3f} ms  {worst[row][1]}")
 
 
 @pytest.fixture
