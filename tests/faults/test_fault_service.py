@@ -210,15 +210,22 @@ def test_F21_control_with_room_no_line_is_lost(tmp_path: Path) -> None:
 
 
 READ_ONLY = "mount --bind / {root} && mount -o remount,bind,ro {root} && mount -t tmpfs none {root}/tmp && " \
-            "mount --rbind /dev {root}/dev && mount --rbind /proc {root}/proc && " \
-            "mkdir -p {root}{bundle} && mount --bind {bundle} {root}{bundle} && exec chroot {root} \"$@\""
+            "mount --rbind /dev {root}/dev && mount --rbind /proc {root}/proc && {needed} && exec chroot {root} \"$@\""
+SHOWN = "mkdir -p {root}{path} && mount --bind {path} {root}{path} && mount -o remount,bind,ro {root}{path}"
+
+
+def read_only(root: Path, *needed: Path) -> str:
+    """A shell script that runs its arguments where nothing but /tmp can be written; `needed` may lie below /tmp, too."""
+    shown = " && ".join(SHOWN.format(root=root, path=path) for path in needed)
+    return READ_ONLY.format(root=root, needed=shown)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
 def test_F22_read_only_root(tmp_path: Path, fdti: Fdti) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    script = READ_ONLY.format(root=root, bundle=toy_bundle())
+    here = Path(__file__).resolve().parents[2]
+    script = read_only(root, toy_bundle(), Path(sys.base_prefix), here, Path(sys.prefix))
     prefix = ("unshare", "--mount", "sh", "-c", script, "sh")
     probe = subprocess.run([*prefix, "touch", "/etc/probe"], capture_output=True, text=True)
     assert "Read-only" in probe.stderr, probe.stderr  # the positive control: nothing can be written there

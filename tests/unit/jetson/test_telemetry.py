@@ -56,7 +56,8 @@ def test_peaks_between_two_moments(board: FakeBoard) -> None:
         telemetry.begin()
         board.memory(available_mib=3400, nvmap_mib=720, swap_ins=11, swap_free_mib=3800)
         board.gpu(hz=290_000_000, load=999)
-        wait_for(lambda: (window := telemetry.window()) and window.nvmap_delta_mib)
+        # One sample may have come between the two files: wait for one that saw both.
+        wait_for(lambda: (window := telemetry.window()) and window.nvmap_delta_mib and window.gpu_load_percent == 99.9)
         board.memory(swap_ins=11)
         board.gpu()
         window = telemetry.end()
