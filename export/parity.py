@@ -23,6 +23,7 @@ import numpy as np
 from fmdeploy.errors import GateError
 from fmdeploy.evaluate.evaluation import evaluate
 from fmdeploy.evaluate.sqnr import cosine, finite_db, sqnr_db
+from fmdeploy.strictjson import finite_or_none
 from fmdeploy.task import Arrays, Samples, Task
 
 Predict = Callable[[Arrays], Arrays]
@@ -70,16 +71,12 @@ class Parity:
         return {
             "against": self.against,
             "sqnr_db": {name: finite_db(value) for name, value in self.sqnr_db.items()},
-            "cosine": {name: _plain(value) for name, value in self.cosine.items()},
+            "cosine": {name: finite_or_none(value) for name, value in self.cosine.items()},
             "floor_db": self.floor_db,
-            self.metric: _plain(self.value),
-            f"{self.metric}_of_reference": _plain(self.reference_value),
+            self.metric: finite_or_none(self.value),
+            f"{self.metric}_of_reference": finite_or_none(self.reference_value),
             "samples": self.num_samples,
         }
-
-
-def _plain(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 @dataclass(frozen=True)

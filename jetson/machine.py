@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fmdeploy.jetson.memory import MEMINFO, table_of
 from fmdeploy.jetson.reading import read_text
 
 MAX_BYTES = 1 << 26  # the list of all packages of a board is some MiB
@@ -12,7 +13,6 @@ RELEASE = Path("etc/nv_tegra_release")
 PACKAGES = Path("var/lib/dpkg/status")
 POWER_STATUS = Path("var/lib/nvpmodel/status")
 POWER_MODES = Path("etc/nvpmodel.conf")
-MEMINFO = Path("proc/meminfo")
 KERNEL = Path("proc/sys/kernel/osrelease")
 MODEL = Path("proc/device-tree/model")
 MODEL_IN_SYSFS = Path("sys/firmware/devicetree/base/model")
@@ -60,8 +60,8 @@ def is_jetson(root: Path = Path("/")) -> bool:
 
 def available_mib(root: Path = Path("/")) -> int | None:
     """Memory that processes can still take, from /proc/meminfo; on a Jetson the GPU takes from it, too."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / MEMINFO), re.MULTILINE)
-    return int(found[1]) // 1024 if found else None
+    found = table_of(_read(root / MEMINFO)).get("MemAvailable")
+    return int(found) if found is not None else None
 
 
 def _read(path: Path) -> str:

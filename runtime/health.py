@@ -116,3 +116,8 @@ def require_around(kind: EventKind) -> None:
     if kind not in AROUND:
         raise FmdeployError("is nothing that others may tell a runtime", where=kind.value,
                             expected=", ".join(sorted(one.value for one in AROUND)))
+
+
+def forked() -> FmdeployError:
+    """The error of every call in a forked child (F37): threads and locks of the parent are not there."""
+    return FmdeployError("the runtime was forked; start it in the process that uses it")

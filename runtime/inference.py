@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from fmdeploy.arrays import Array, Arrays
-from fmdeploy.errors import ModelFileError
+from fmdeploy.errors import ModelFileError, first_line
 from fmdeploy.runtime.backends.protocol import Backend, DeviceLostError, close
 from fmdeploy.runtime.bundle import Bundle
 from fmdeploy.runtime.frame import WARNINGS, Finding, Reason
@@ -235,7 +235,7 @@ class Inference:
         too, so would every frame: another tier must take over, or where none is left, another process.
         """
         self.num_backend_errors += 1
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = first_line(error)
         again, self._raised = self._raised, True
         if isinstance(error, DeviceLostError):
             return Finding(Reason.DEVICE_LOST, text), False

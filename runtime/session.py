@@ -10,13 +10,12 @@ from pathlib import Path
 from types import TracebackType
 
 from fmdeploy.arrays import Arrays
-from fmdeploy.errors import FmdeployError
 from fmdeploy.runtime.backends.protocol import Backend
 from fmdeploy.runtime.bundle import Bundle, open_bundle
 from fmdeploy.runtime.frame import Frame
 from fmdeploy.runtime.guards.content import GuardConfig
 from fmdeploy.runtime.guards.sensors import check_rig
-from fmdeploy.runtime.health import Health, require_around
+from fmdeploy.runtime.health import Health, forked, require_around
 from fmdeploy.runtime.inference import Inference
 from fmdeploy.runtime.loading import Terms
 from fmdeploy.runtime.publisher import Clock, Publisher
@@ -288,8 +287,3 @@ class Runtime:
             self._helper = threading.Thread(target=work, name="fmdeploy-standby")
             self._helper.start()
         return ()
-
-
-def forked() -> FmdeployError:
-    """The error of every call in a forked child (F37): threads and locks of the parent are not there."""
-    return FmdeployError("the runtime was forked; start it in the process that uses it")

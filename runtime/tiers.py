@@ -19,7 +19,7 @@ from typing import Any
 
 from fmdeploy.budgets import TargetBudget
 from fmdeploy.cpu import this_cpu
-from fmdeploy.errors import FmdeployError, ModelFileError
+from fmdeploy.errors import FmdeployError, ModelFileError, first_line
 from fmdeploy.runtime.backends.protocol import Backend, close
 from fmdeploy.runtime.bundle import Bundle
 from fmdeploy.runtime.loading import Terms, Tier, load_backend
@@ -176,8 +176,7 @@ def _tried(bundle: Bundle, tier: Tier, backend: Backend, report: TierReport, bud
 
 
 def _does_not_run(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"the golden vectors do not run: {text}"
+    return f"the golden vectors do not run: {first_line(error)}"
 
 
 def _judged(report: TierReport) -> TierReport:

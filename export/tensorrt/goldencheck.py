@@ -19,6 +19,7 @@ from fmdeploy.evaluate.evaluation import evaluate
 from fmdeploy.evaluate.sqnr import cosine, finite_db, sqnr_db
 from fmdeploy.runtime.backends.protocol import Backend
 from fmdeploy.runtime.bundle import Bundle
+from fmdeploy.strictjson import finite_or_none
 from fmdeploy.task import Metric, Samples, Task
 
 TENSORS = "golden.safetensors"
@@ -69,17 +70,13 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        plain = {k: v if math.isfinite(v) else None for k, v in self.cosine.items()}
+        plain = {k: finite_or_none(v) for k, v in self.cosine.items()}
         return {"pair": self.pair, "sqnr_db": {k: finite_db(v) for k, v in self.sqnr_db.items()}, "cosine": plain,
-                "metric": _plain(self.value), "metric_of_reference": _plain(self.reference_value)}
+                "metric": finite_or_none(self.value), "metric_of_reference": finite_or_none(self.reference_value)}
 
     def __str__(self) -> str:
         ratios = ", ".join(f"{name} {value:.1f} dB" for name, value in self.sqnr_db.items())
         return f"{self.pair}: {ratios}; metric {self.value:.4f}, reference {self.reference_value:.4f}"
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def three_way(bundle: Bundle, variant: str, backend: Backend, task: Task) -> tuple[Agreement, ...]:

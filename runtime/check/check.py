@@ -7,7 +7,6 @@ FP32 beyond doubt (the interval of the paired speed-up lies above one).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -43,6 +42,7 @@ from fmdeploy.runtime.measure.memory import probe_memory
 from fmdeploy.runtime.run import task_name
 from fmdeploy.runtime.tiers import TABLE, TIERS
 from fmdeploy.runtime.trial import NO_TARGET
+from fmdeploy.strictjson import finite_or_none
 from fmdeploy.task import Metric, Samples, Task, load_task
 
 
@@ -223,8 +223,8 @@ class CheckJob:
     def _values(self, evaluation: Evaluation) -> dict[str, Any]:
         """Every metric overall, and the primary one a slice; None where undefined."""
         known = [metric for metric in self.metrics if metric.name in evaluation.stats]
-        overall = {metric.name: _number(evaluation.value(metric)) for metric in known}
-        slices = {name: _number(value) for name, value in evaluation.slice_values(self.metric).items()}
+        overall = {metric.name: finite_or_none(evaluation.value(metric)) for metric in known}
+        slices = {name: finite_or_none(value) for name, value in evaluation.slice_values(self.metric).items()}
         return {**overall, "slices": slices}
 
 
@@ -234,10 +234,6 @@ def _primary(metrics: Sequence[Metric], name: str) -> Metric:
             return metric
     raise ConfigError("the task has no such metric", where="budgets: accuracy.metric", found=name,
                       expected=" or ".join(metric.name for metric in metrics))
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _remarks(bundle: Bundle, tiers: Sequence[CheckedTier]) -> list[str]:

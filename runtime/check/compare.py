@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -19,6 +18,7 @@ from fmdeploy.evaluate.gates import Row, limit_gate, not_measured, overall_gate,
 from fmdeploy.manifest import Kind
 from fmdeploy.runtime.check.check import outcome_of_check
 from fmdeploy.runtime.check.gatefiles import write_gate_files
+from fmdeploy.strictjson import finite_or_none
 from fmdeploy.task import Metric, load_task
 
 
@@ -70,15 +70,11 @@ def _build(draft: Draft, config: CompareConfig, candidate: Artifact, deployed: A
         reason = f"the checks gate different metrics: {metric.name} and {other.name}"
         rows = [not_measured(title, reason, limit=config.max_drop, unit="1")]
     rows += _latency_rows(config, candidate, deployed, name, before_name)
-    values = {"candidate": _plain(after.value(metric)), "deployed": _plain(before.value(other))}
+    values = {"candidate": finite_or_none(after.value(metric)), "deployed": finite_or_none(before.value(other))}
     draft.write_json("metrics.json", {"values": values})
     notes = [f"candidate: {name} of {candidate.digest[:12]}, deployed: {before_name} of {deployed.digest[:12]}"]
     draft.write_json("check.json", {"notes": notes, "values": values, "metric": metric.name})
     write_gate_files(draft, rows, title="fmdeploy compare", notes=notes)
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _metric(check: Artifact) -> Metric:

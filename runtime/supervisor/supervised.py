@@ -23,7 +23,7 @@ from fmdeploy.runtime.frame import Finding, Frame, Reason
 from fmdeploy.runtime.guards.config import GuardConfig
 from fmdeploy.runtime.guards.content import Guards
 from fmdeploy.runtime.guards.sensors import check_rig
-from fmdeploy.runtime.health import Health, require_around
+from fmdeploy.runtime.health import Health, forked, require_around
 from fmdeploy.runtime.inference import Result
 from fmdeploy.runtime.loading import Terms
 from fmdeploy.runtime.publisher import Clock, Publisher, Ticket
@@ -139,7 +139,7 @@ class SupervisedRuntime:
         """
         until_ns = time.monotonic_ns() + int(self.config.hard_deadline_ms * NS_PER_MS)
         if os.getpid() != self._pid:
-            raise FmdeployError("the runtime was forked; start it in the process that uses it")
+            raise forked()
         self._guards.structure(inputs, layouts, missing)
         # Half of the time is for its run: a worker must not be killed for the time that others took.
         if not self._lock.acquire(timeout=self.config.hard_deadline_ms / 2000):

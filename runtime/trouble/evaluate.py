@@ -63,11 +63,12 @@ def evaluate(config: EvaluateConfig) -> Outcome:
     """
     bundle = open_bundle(config.bundle, require_signature=config.require_signature)
     data = open_dataset(config.data)
-    task = load_task(task_name(bundle, config.task))
+    name = task_name(bundle, config.task)
+    task = load_task(name)
     if task.io.digest != bundle.io.digest:
         raise ArtifactError("has other inputs and outputs than the task", where=bundle.artifact.root,
                             expected=f"io of task {task.name}", fix="Name the right --task")
-    resolved = config.model_copy(update={"task": task_name(bundle, config.task)})
+    resolved = config.model_copy(update={"task": name})
 
     def build(draft: Draft) -> None:
         _write(draft, resolved, bundle, data, task)

@@ -5,7 +5,6 @@ Legend: N judged samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from fmdeploy.evaluate.bootstrap import drop
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.runtime.trouble.faults import Fault
 from fmdeploy.runtime.trouble.judge import Judged
+from fmdeploy.strictjson import finite_or_none
 from fmdeploy.task import Metric
 
 
@@ -34,18 +34,14 @@ def _row(fault: Fault, judged: Judged, evaluation: Evaluation, control: Evaluati
     return {
         "fault": fault.name, "level": fault.level, "frames": count, "valid": float(valid.mean()),
         "reasons": {code: number / count for code, number in sorted(judged.reasons.items())},
-        "value_unguarded": _number(evaluation.value(metric)),
-        "drop_unguarded": _number(unguarded.value),
-        "value_valid": _number(evaluation.value(metric, valid)) if valid.any() else None,
-        "clean_valid": _number(control.value(metric, valid)) if valid.any() else None,
-        "drop_valid": _number(lost.value) if lost else None,
-        "interval": [_number(lost.low), _number(lost.high)] if lost else None,
+        "value_unguarded": finite_or_none(evaluation.value(metric)),
+        "drop_unguarded": finite_or_none(unguarded.value),
+        "value_valid": finite_or_none(evaluation.value(metric, valid)) if valid.any() else None,
+        "clean_valid": finite_or_none(control.value(metric, valid)) if valid.any() else None,
+        "drop_valid": finite_or_none(lost.value) if lost else None,
+        "interval": [finite_or_none(lost.low), finite_or_none(lost.high)] if lost else None,
         "groups": len(np.unique(evaluation.groups[valid])),
     }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def outcome_lines(found: dict[str, Any]) -> tuple[str, ...]:

@@ -36,6 +36,11 @@ class FmdeployError(Exception):
         return " ".join(text.split())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library raised; its type where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 class GateError(FmdeployError):
     """A gate failed or was not measured."""
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fmdeploy.errors import MissingError, ModelFileError
+from fmdeploy.errors import MissingError, ModelFileError, first_line
 from fmdeploy.optional import require
 
 CPU = "CPUExecutionProvider"
@@ -46,7 +46,7 @@ def ort_session(
         session = ort.InferenceSession(source, _options(ort, provider, threads, optimise), providers=[provider],
                                        provider_options=[PROVIDER_OPTIONS.get(provider, {})])
     except Exception as error:  # onnxruntime's own exception classes are private and differ between versions
-        text = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        text = first_line(error)[:160]
         raise ModelFileError(f"ONNX Runtime refuses the model: {text}", where=where) from error
     if session.get_providers()[0] != provider:
         raise MissingError("onnxruntime chose another execution provider", where=where, expected=provider,

@@ -57,6 +57,11 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def finite_or_none(value: float) -> float | None:
+    """What JSON can hold of a number: None in place of NaN and infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):

@@ -33,8 +33,8 @@ from support.fakeboard import NANO_LINE, FakeBoard, orin_nano_jp62, pc
 from support.fdti import Fdti
 from support.runtimes import frame, toy_bundle
 from support.tegralines import LINES
+from support.waiting import PATIENCE_S, wait_for
 
-PATIENCE_S = 60.0
 PERIOD_S = 0.05
 
 
@@ -46,15 +46,6 @@ def checkable(tmp_path_factory: pytest.TempPathFactory) -> Checkable:
 @pytest.fixture
 def board(tmp_path: Path) -> FakeBoard:
     return orin_nano_jp62(tmp_path / "board")
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        time.sleep(0.005)
-    raise AssertionError("it never happened")
 
 
 @contextmanager

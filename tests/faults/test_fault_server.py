@@ -28,6 +28,7 @@ from support.bundles import fp32_model, make_bundle
 from support.fdti import Fdti
 from support.runtimes import frame, runtime, toy_bundle
 from support.servers import Server, connect, free_port, outputs_of, parameters_of, serving, start
+from support.waiting import wait_for
 
 EMBEDDED = ("--no-supervisor", "--tiers", "fp32")
 QUEUE = 2
@@ -146,7 +147,7 @@ def test_F23_files_change_after_load(fdti: Fdti, tmp_path: Path, truth: dict[int
             begin = time.monotonic()
             for file in (*sorted(root.glob("*.onnx")), root / "golden.safetensors"):
                 harm(file)
-            wait_until(lambda: server.metric("fmdeploy_model_changed") == 1)
+            wait_for(lambda: server.metric("fmdeploy_model_changed") == 1)
             fdti.report(1e3 * (time.monotonic() - begin), f"{name}, {supervisor[2:]}, checked every {PERIOD_MS:g} ms")
             for seed in range(3 * count, 3 * count + 3):
                 answer = server.infer(frame(seed))
@@ -157,14 +158,14 @@ def test_F23_files_change_after_load(fdti: Fdti, tmp_path: Path, truth: dict[int
             assert server.ask("GET", "/v2/health/ready").status == 200
             shutil.rmtree(root)
             shutil.copytree(toy_bundle(), root)
-            wait_until(lambda: server.metric("fmdeploy_model_changed") == 0)
+            wait_for(lambda: server.metric("fmdeploy_model_changed") == 0)
         assert "MODEL_CHANGED" not in parameters_of(server.infer(frame(20)))["reasons"]
         assert server.stop() == 0
 
 
 def test_F23_control_untouched_files(tmp_path: Path) -> None:
     with serving(tmp_path, *EMBEDDED, "--check-s", str(PERIOD_MS / 1e3)) as server:
-        wait_until(lambda: server.metric("fmdeploy_disk_checks_total") >= 3)
+        wait_for(lambda: server.metric("fmdeploy_disk_checks_total") >= 3)
         assert server.metric("fmdeploy_model_changed") == 0
         assert parameters_of(server.infer(frame(1)))["reasons"] == ""
         assert not [note for note in server.notes() if note["event"].startswith("MODEL_")]
@@ -273,7 +274,7 @@ def test_F35_http_clients_and_readers_go_away(fdti: Fdti, tmp_path: Path, truth:
                     if rounds % 2:  # a reset instead of an orderly end
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         begin = time.monotonic()
-        wait_until(lambda: server.metric("fmdeploy_clients_gone_total") > 0)
+        wait_for(lambda: server.metric("fmdeploy_clients_gone_total") > 0)
         fdti.report(1e3 * (time.monotonic() - begin), "clients that leave")
         for seed in range(3):
             answer = server.infer(frame(seed))
@@ -469,7 +470,7 @@ def test_drains_on_sigterm(tmp_path: Path) -> None:
                    for seed in range(24)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: server.metric("fmdeploy_queue_depth") >= 3)  # a burst that takes about a second
+        wait_for(lambda: server.metric("fmdeploy_queue_depth") >= 3)  # a burst that takes about a second
         assert server.stop() == 0
         for thread in threads:
             thread.join(60)
@@ -477,13 +478,6 @@ def test_drains_on_sigterm(tmp_path: Path) -> None:
         assert set(answers) <= {200, 503}
         assert 200 in answers
         assert [note["event"] for note in server.notes()][-2:] == ["DRAINING", "STOPPED"]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_reload_is_no_stop_to_the_service_manager(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,11 @@ from fmdeploy.jetson.taint import taints, unknowns
 from fmdeploy.jetson.telemetry import Telemetry
 from fmdeploy.jetson.watch import COOL, THROTTLED, Judge
 from fmdeploy.jetson.window import Accumulator, Window
+from support import waiting
 from support.fakeboard import FakeBoard, orin_nano_jp62, pc
 
 PATIENCE_S = 30.0
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """Return what `condition` returns as soon as it is true."""
-    until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it never happened")
+wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_S)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,7 @@ from support.fakeboard import orin_nano_jp62, pc
 from support.runtimes import frame, runtime, toy_bundle
 from support.servers import serving
 from support.supervised import supervised
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+from support.waiting import wait_for
 
 
 def test_a_hot_board_is_mode_d1_for_whichever_model_serves(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fmdeploy.evaluate.plots.figure import Picture
 from fmdeploy.evaluate.plots.trouble import Bar, plot_trouble
@@ -49,24 +50,14 @@ def trouble_section(sources: Sources) -> Trouble | str:
                    tuple(_row(row) for row in found["rows"]))
 
 
-def _name(row: dict[str, object]) -> str:
+def _name(row: dict[str, Any]) -> str:
     return f"{row['fault']} {row['level']}".strip()
 
 
-def _row(row: dict[str, object]) -> TroubleRow:
-    reasons = row["reasons"]
-    assert isinstance(reasons, dict)
-    largest = sorted(reasons.items(), key=lambda item: -item[1])
+def _row(row: dict[str, Any]) -> TroubleRow:
+    largest = sorted(row["reasons"].items(), key=lambda item: -item[1])
     said = ", ".join(f"{code} {percent(share, 1)}" for code, share in largest)
-    low, high = row["interval"] if isinstance(row["interval"], list) else (None, None)
-    return TroubleRow(_name(row), str(row["frames"]), _percent(row["valid"]), said or "–", _number(row["value_valid"]),
-                      _percent(row["drop_valid"]), span(low, high) if low is not None and high is not None else "–",
-                      _number(row["value_unguarded"]))
-
-
-def _number(value: object) -> str:
-    return number(value) if isinstance(value, float) else "–"
-
-
-def _percent(value: object) -> str:
-    return percent(value, 1) if isinstance(value, float) else "–"
+    low, high = row["interval"] or (None, None)
+    return TroubleRow(_name(row), str(row["frames"]), percent(row["valid"], 1), said or "–", number(row["value_valid"]),
+                      percent(row["drop_valid"], 1), span(low, high) if low is not None and high is not None else "–",
+                      number(row["value_unguarded"]))
