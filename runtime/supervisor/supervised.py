@@ -107,8 +107,8 @@ class SupervisedRuntime:
         except FmdeployError:
             self.notifier.close()
             raise
+        self.notifier.ready(f"{self.bundle.digest[:12]} on {self.tier}")  # before a monitor can kick the watchdog
         self.monitor = self._new_monitor()
-        self.notifier.ready(f"{self.bundle.digest[:12]} on {self.tier}")
 
     @property
     def tier(self) -> str:
