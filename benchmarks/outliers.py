@@ -115,7 +115,7 @@ def rows(make: Callable[[], nn.Module], plant: Callable[[nn.Module, float], None
 
 def main() -> None:
     blocks = range(2)
-    vit = tuple(f"encoder.dinov2.encoder.layer.{k}.{n}" for k in blocks
+    vit = tuple(f"backbone.encoder.dinov2.encoder.layer.{k}.{n}" for k in blocks
                 for n in ("attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.fc1"))
     cnn = ("trunk.1.first.0", "trunk.2.first.0", "lateral.0", "add_1", "add_2")
     head = ("factor", "max/rms", "max/p99.9", "reader dB", "INT8 dB", "float dB", "probed dB", "layers held")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fmdeploy.distill.config import DistillConfig
-from fmdeploy.errors import ConfigError, DataError
+from fmdeploy.errors import ConfigError
 from fmdeploy.task import Samples, Task
 from fmdeploy.teacher.features import CacheReader
 from fmdeploy.training.batches import mirrored
@@ -21,25 +21,6 @@ from fmdeploy.training.loop import Batch
 from fmdeploy.training.sampler import Index, mirror_mask, my_part, step_index
 
 LABELLED_STREAM = 1 << 20  # a seed of its own, so that the two orders are independent
-
-
-def labelled_index(samples: Samples, fraction: float, seed: int) -> Index:
-    """Numbers of the samples whose labels may be used: those of `fraction` of the simulations, at least one.
-
-    Whole simulations, because frames of one simulation say nearly the same: labelling every tenth frame of each would
-    be worth far more than a tenth of the labels.
-
-    Raises:
-        DataError: there are no samples.
-    """
-    groups = np.unique(np.asarray(samples.groups))
-    if not len(groups):
-        raise DataError("there is nothing to train on")
-    if fraction >= 1:
-        return np.arange(len(samples))
-    count = max(1, round(fraction * len(groups))) if fraction > 0 else 0
-    chosen = np.random.default_rng(seed).permutation(groups)[:count]
-    return np.flatnonzero(np.isin(samples.groups, chosen))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import command
 from fmdeploy.data.format import Dataset, open_dataset
-from fmdeploy.distill.batches import DistillBatches, labelled_index
+from fmdeploy.distill.batches import DistillBatches
 from fmdeploy.distill.config import DistillConfig
 from fmdeploy.distill.objective import Objective
 from fmdeploy.distill.projector import Pupil
@@ -28,6 +28,7 @@ from fmdeploy.teacher.features import CacheReader
 from fmdeploy.teacher.scores import EVALUATIONS, write_curve, write_scores
 from fmdeploy.teacher.view import FEATURE, TeacherView
 from fmdeploy.training.device import resolve_precision, together
+from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.log import parse_log
 from fmdeploy.training.loop import Job, fit
 

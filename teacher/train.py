@@ -1,46 +1,63 @@
-"""`teacher train`: supervised multi-task training of the teacher."""
+"""`teacher train`: train a teacher by one objective or several, from scratch or from another teacher."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import nn
 
-from fmdeploy.artifact import Artifact
+from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import command
 from fmdeploy.config import InputPath, OutputPath
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
+from fmdeploy.errors import ConfigError
 from fmdeploy.manifest import Kind
-from fmdeploy.models import input_list, named_outputs, num_parameters
-from fmdeploy.models.saved import save_model
+from fmdeploy.models import num_parameters
+from fmdeploy.models.saved import LoadedModel, load_model, save_model
 from fmdeploy.provenance import source_digest
-from fmdeploy.task import Task, load_task
+from fmdeploy.task import Samples, Task, load_task
+from fmdeploy.teacher.objectives.pretraining import Pretraining, PretrainingBatches
+from fmdeploy.teacher.objectives.registry import choose
+from fmdeploy.teacher.objectives.store import save_objectives
 from fmdeploy.teacher.scores import write_curve, write_scores
 from fmdeploy.teacher.view import TeacherView
-from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import resolve_precision, together
+from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.log import parse_log
-from fmdeploy.training.loop import Job, Tensors, fit
+from fmdeploy.training.loop import Job, fit
 
 SIZES = ("dim", "depth", "heads", "stem_width", "width", "activation_checkpointing")
 
 
 class TeacherConfig(TrainingConfig):
-    """How the teacher is trained. Sizes that are not given are the task's own."""
+    """How the teacher is trained. Sizes that are not given are the task's own, or those of `init`."""
 
     data: InputPath = Field(description="DATASET")
     out: OutputPath = Field(description="Where the TEACHER is written")
     task: str = Field(default="bev-occupancy", description="built-in task, or module:Class")
+    objective: tuple[str, ...] = Field(default=("supervised",), min_length=1, description=(
+        "NAME or NAME=WEIGHT; repeat it to train several at once. docs/objectives.md lists them"))
+    set: tuple[str, ...] = Field(default=(), description="an objective's option, as NAME.KEY=VALUE; may be repeated")
+    init: InputPath | None = Field(default=None, description="TEACHER to start from, such as a pre-trained one")
+    labels: float = Field(default=1.0, gt=0, le=1, description="share of the train simulations whose labels are used")
+    label_seed: int = Field(default=0, ge=0, description="which simulations those are")
     dim: int | None = Field(default=None, ge=1, description="width of the transformer")
     depth: int | None = Field(default=None, ge=1, description="blocks of the transformer")
     heads: int | None = Field(default=None, ge=1, description="attention heads")
     stem_width: int | None = Field(default=None, ge=1, description="channels at half resolution")
     width: int | None = Field(default=None, ge=1, description="channels at quarter resolution")
     activation_checkpointing: bool | None = Field(default=None, description="recompute activations to save memory")
+
+    @model_validator(mode="after")
+    def _agree(self) -> TeacherConfig:
+        if self.init is not None and self.sizes():
+            raise ValueError(f"sizes are those of --init: leave out {', '.join(self.sizes())}")
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """With a hash of the user's own task in place of trust in its name."""
@@ -52,47 +69,88 @@ class TeacherConfig(TrainingConfig):
         return {name: value for name, value in given.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    task: Task
+    data: Dataset
+    init: Artifact | None = None
+    loaded: LoadedModel | None = None
+
+    def inputs(self) -> dict[str, Artifact]:
+        """Roles of the artifacts, for the manifest."""
+        given = {"data": self.data.artifact, "init": self.init}
+        return {role: artifact for role, artifact in given.items() if artifact is not None}
+
+    def module(self, config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]]:
+        """A fresh teacher, or the one to start from; and the options that build it again."""
+        if self.loaded is not None:
+            return self.loaded.module, dict(self.loaded.recipe.options)
+        torch.manual_seed(config.seed)
+        return self.task.teacher(config.sizes()), config.sizes()
+
+
 @command(TeacherConfig)
 def train(config: TeacherConfig) -> Artifact:
-    """Train the teacher on the labels of the train split.
+    """Train the teacher on the train split: on its labels, or by an objective that needs none.
 
     Raises:
         ArtifactError: `data` is not a DATASET, or something else is at `out`.
-        ConfigError: unknown task, sizes that do not fit together, a batch that cannot be cut.
+        ConfigError: unknown task or objective, sizes that do not fit together, a batch that cannot be cut.
         DivergedError: the loss became NaN.
+        CollapsedError: the representation lost its variety.
     """
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
-    data = open_dataset(config.data)
+    start = _start(config)
     return produce(
-        config.out, Kind.TEACHER, stage="teacher train", config=config, inputs={"data": data.artifact},
-        build=lambda draft: _build(draft, config, data), resumable=True,
+        config.out, Kind.TEACHER, stage="teacher train", config=config, inputs=start.inputs(),
+        build=lambda draft: _build(draft, config, start), resumable=True,
     )
 
 
-def _build(draft: Draft, config: TeacherConfig, data: Dataset) -> None:
+def _start(config: TeacherConfig) -> Start:
+    choose(config.objective, config.set)  # a typing error is told before anything is opened
+    task, data = load_task(config.task), open_dataset(config.data)
+    if config.init is None:
+        return Start(task, data)
+    init = open_artifact(config.init, Kind.TEACHER)
+    loaded = load_model(init)
+    if loaded.recipe.task != config.task:
+        raise ConfigError("the teacher to start from was made for another task", where=config.init,
+                          expected=config.task, found=loaded.recipe.task)
+    return Start(task, data, init, loaded)
+
+
+def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
     with together():
-        task = load_task(config.task)
+        module, options = start.module(config)
+        samples = start.task.samples(start.data, "train")
         torch.manual_seed(config.seed)
-        module = task.teacher(config.sizes())
-        job = Job("teacher", module, SupervisedBatches(task, task.samples(data, "train"), config),
-                  losses=lambda model, batch: label_loss(task, model, batch),
+        whole = Pretraining(start.task, module, choose(config.objective, config.set), steps=config.steps)
+        index = labelled_index(samples, config.labels, config.label_seed) if config.labels < 1 else None
+        batches = PretrainingBatches(start.task, samples, config, tuple(whole.each().values()), index)
+        job = Job("teacher", whole, batches, losses=lambda model, batch: model(batch), after_step=whole.after_step,
                   folder=draft.path("work/teacher"), log=draft.path("log.jsonl"))
         timing = fit(job, config)
+        whole.release()
         if draft.is_main:
+            heads = whole.trains_heads or (start.loaded is not None and start.loaded.recipe.heads)
             draft.note(training=timing.as_note())
-            save_model(draft, module, task=config.task, role="teacher", name="", options=config.sizes())
+            save_model(draft, module, task=config.task, role="teacher", name="", options=options, heads=heads)
+            save_objectives(draft, whole)
             write_curve(draft, parse_log(draft.path("log.jsonl")))
-            view = TeacherView(module, task.io, (), config.precision)
-            draft.write_json("metrics.json", {"params": num_parameters(module), "labels": _labels(task, data),
-                                              **write_scores(draft, view.logits, task, data)})
+            used = len(samples) if index is None else len(index)
+            draft.write_json("metrics.json", {
+                "params": num_parameters(module), "objective": whole.weights,
+                **(_supervision(samples, used) if whole.trains_heads else {}),
+                **(write_scores(draft, _logits(module, start.task, config), start.task, start.data) if heads else {}),
+            })
 
 
-def label_loss(task: Task, model: nn.Module, batch: Tensors) -> dict[str, Tensor]:
-    """The task's loss against labels, as the only part."""
-    outputs = named_outputs(task.io, model(*input_list(task.io, batch["inputs"])))
-    return {"hard": task.loss(outputs, batch["targets"])}
+def _logits(module: nn.Module, task: Task, config: TeacherConfig) -> Any:
+    return TeacherView(module, task.io, (), config.precision).logits
 
 
-def _labels(task: Task, data: Dataset) -> dict[str, float | int]:
-    count = len(task.samples(data, "train"))
-    return {"fraction": 1.0, "samples": count, "of": count}
+def _supervision(samples: Samples, used: int) -> dict[str, Any]:
+    return {"labels": {"fraction": round(used / len(samples), 6), "samples": used, "of": len(samples)}}

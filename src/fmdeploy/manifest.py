@@ -34,6 +34,7 @@ class Kind(str, Enum):
 
     DATASET = "DATASET"
     TEACHER = "TEACHER"
+    ADAPTER = "ADAPTER"
     FEATURES = "FEATURES"
     STUDENT = "STUDENT"
     QUANTIZED = "QUANTIZED"
@@ -41,6 +42,7 @@ class Kind(str, Enum):
     ENGINE = "ENGINE"
     CHECK = "CHECK"
     EVALUATION = "EVALUATION"
+    PROBE = "PROBE"
 
 
 FOR_DEVICES = (Kind.BUNDLE, Kind.ENGINE)

@@ -19,6 +19,7 @@ import numpy as np
 from fmdeploy.arrays import Arrays
 from fmdeploy.data.highway import Scenario
 from fmdeploy.data.labels import rare_cases
+from fmdeploy.data.motion import ego_motion
 from fmdeploy.data.scenes import simulate
 from fmdeploy.data.sensors import observe
 from fmdeploy.data.weather import Weather
@@ -53,7 +54,7 @@ def record_sequences(job: Job) -> list[Arrays]:
 def _sequence(scene: Any, ego: int, job: Job, rank: int) -> Arrays:
     planes = observe(scene, ego, job.weather, np.random.default_rng([job.seed, 2, rank]))
     packed = {name: np.packbits(plane.reshape(job.frames, -1), axis=1) for name, plane in planes.items()}
-    return {**packed, **rare_cases(scene, ego)}
+    return {**packed, **rare_cases(scene, ego), "ego_motion": ego_motion(scene, ego)}
 
 
 def sequence_path(folder: Path, number: int, rank: int) -> Path:

@@ -11,13 +11,10 @@ from __future__ import annotations
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from fmdeploy.models.bev_backbone import BevBackbone
 from fmdeploy.models.blocks import ResidualGN, conv_gn_relu
-from fmdeploy.models.vit import Dinov2Tokens, class_and_grid
-
-QUARTER = 16  # cells a side at quarter resolution
-PATCH = 2  # cells of the quarter map in one token
+from fmdeploy.models.vit import class_and_grid
 
 
 class BevTeacherConfig(BaseModel):
@@ -47,11 +44,10 @@ class BevTeacher(nn.Module):
         super().__init__()
         self.rebuild = ("", config.model_dump())
         stem, width, dim = config.stem_width, config.width, config.dim
-        self.stem = nn.Sequential(conv_gn_relu(sum(channels), stem, stride=2), ResidualGN(stem))
-        self.trunk = nn.Sequential(
-            conv_gn_relu(stem, width, stride=2), *(ResidualGN(width, dilation) for dilation in (1, 2, 4))
+        self.backbone = BevBackbone(
+            sum(channels), stem_width=stem, width=width, dim=dim, depth=config.depth, heads=config.heads,
+            activation_checkpointing=config.activation_checkpointing,
         )
-        self.encoder = Dinov2Tokens(width, QUARTER, PATCH, dim, config.depth, config.heads)
         self.tokens = nn.Identity()  # a name for the feature loss to hook: (B, D, 8, 8)
         self.rise = nn.Sequential(nn.Conv2d(dim, 4 * width, 1), nn.PixelShuffle(2))
         self.join_quarter = nn.Sequential(conv_gn_relu(2 * width, width), ResidualGN(width))
@@ -59,20 +55,13 @@ class BevTeacher(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(stem, 4 * num_planes, 3, padding=1), nn.PixelShuffle(2))
         self.scene = nn.Linear(dim, num_scenes)
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
-        self.activation_checkpointing = config.activation_checkpointing
 
     def forward(self, lidar_BCHW: Tensor, camera_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `bev` (B, planes, 64, 64) and `scene` (B, scenes) from float grids (B, C, 64, 64)."""
-        half_BCHW = self._run(self.stem, torch.cat((lidar_BCHW, camera_BCHW), dim=1))
-        quarter_BCHW = self._run(self.trunk, half_BCHW)
-        state_BND = self._run(self.encoder, quarter_BCHW)
-        scene_BD, grid_BDHW = class_and_grid(state_BND, quarter_BCHW.shape[-1] // PATCH)
+        half_BCHW, quarter_BCHW, state_BND = self.backbone.maps(lidar_BCHW, camera_BCHW)
+        scene_BD, grid_BDHW = class_and_grid(state_BND, self.backbone.side)
+        run = self.backbone.run
         risen_BCHW = self.rise(self.tokens(grid_BDHW))
-        up_BCHW = self._run(self.join_quarter, torch.cat((risen_BCHW, quarter_BCHW), dim=1))
-        top_BCHW = self._run(self.join_half, torch.cat((self.upsample(up_BCHW), half_BCHW), dim=1))
+        up_BCHW = run(self.join_quarter, torch.cat((risen_BCHW, quarter_BCHW), dim=1))
+        top_BCHW = run(self.join_half, torch.cat((self.upsample(up_BCHW), half_BCHW), dim=1))
         return self.head(top_BCHW), self.scene(scene_BD)
-
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        y: Tensor = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return y

@@ -33,6 +33,8 @@ class Recipe(BaseModel):
     options: dict[str, Any] = {}
     parameters: int
     io_digest: str
+    heads: bool = True
+    """Whether the outputs were trained; a backbone that was only pre-trained has features alone."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class LoadedModel:
 
 def save_model(
     draft: Draft, module: nn.Module, *, task: str, role: Literal["teacher", "student"], name: str,
-    options: Mapping[str, Any],
+    options: Mapping[str, Any], heads: bool = True,
 ) -> None:
     """Write weights and recipe.
 
@@ -58,10 +60,11 @@ def save_model(
         name: The student's name; empty for a teacher.
         options: What the factory was given. A module with an attribute `rebuild` (name and options) says itself:
             the built-in ones name all their sizes, so that a new default does not orphan old artifacts.
+        heads: Whether its outputs were trained.
     """
     name, chosen = getattr(module, "rebuild", (name, dict(options)))
     recipe = Recipe(task=task, role=role, name=name, options=chosen, parameters=num_parameters(module),
-                    io_digest=load_task(task).io.digest)
+                    io_digest=load_task(task).io.digest, heads=heads)
     state = {key: value.detach().to("cpu").contiguous().clone() for key, value in module.state_dict().items()}
     save_file(state, draft.path(WEIGHTS))
     draft.write_json(RECIPE, recipe.model_dump(mode="json"))

@@ -45,10 +45,18 @@ class Dinov2Tokens(nn.Module):
         super().__init__()
         self.dinov2 = dinov2_encoder(num_channels, image, patch, dim, depth, heads)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Hidden states (B, 1 + N, D) of a map (B, C, image, image)."""
-        state_BND: Tensor = self.dinov2(pixel_values=x_BCHW).last_hidden_state
-        return state_BND
+    def forward(self, x_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Hidden states (B, 1 + N, D) of a map (B, C, image, image); of the tokens `keep_BK` alone where given."""
+        if keep_BK is None:
+            state_BND: Tensor = self.dinov2(pixel_values=x_BCHW).last_hidden_state
+            return state_BND
+        part = self.dinov2.get_submodule
+        embedded_BND: Tensor = part("embeddings")(x_BCHW)
+        index_BKD = keep_BK[..., None].expand(-1, -1, embedded_BND.shape[-1])
+        visible_BKD = torch.cat((embedded_BND[:, :1], embedded_BND[:, 1:].gather(1, index_BKD)), dim=1)
+        hidden = part("encoder")(visible_BKD)
+        normed_BKD: Tensor = part("layernorm")(hidden.last_hidden_state)
+        return normed_BKD
 
 
 def class_and_grid(state_BND: Tensor, side: int) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,8 @@ class BevSamples:
     """int64 (N,): its class in SCENES."""
     sequence_N: Array = field(repr=False)
     """int (N,): number of its sequence within the split."""
+    motion_F3: Array | None = field(default=None, repr=False)
+    """float32 (F, 3): see `data.motion.ego_motion`; None where the dataset has none."""
 
     @classmethod
     def of(cls, data: Dataset, split: str) -> BevSamples:
@@ -71,7 +73,7 @@ class BevSamples:
             slices=_slices(sequences, arrays, number_N, frame_N),
             sensors_FKP8=_stack(arrays, (*LIDAR_PLANES, *CAMERA_PLANES)), labels_F2P8=_stack(arrays, LABEL_PLANES),
             frame_N=frame_N, scene_N=np.array([_scene(s, data) for s in sequences], np.int64)[number_N],
-            sequence_N=number_N,
+            sequence_N=number_N, motion_F3=_motion(arrays),
         )
 
     def __len__(self) -> int:
@@ -90,6 +92,38 @@ class BevSamples:
         bev_BHP8 = np.concatenate([self.labels_F2P8[later_BH, 0], now_B1P8], axis=1)
         lidar, camera = _floats(self.sensors_FKP8[past_BT], (len(LIDAR_PLANES), len(CAMERA_PLANES)))
         return {"lidar": lidar, "camera": camera}, {"bev": _cells(bev_BHP8), "scene": self.scene_N[index]}
+
+
+    def frames(self, index: Array, offsets: Sequence[int]) -> Array:
+        """Sensor planes uint8 (B, len(offsets), 5, 64, 64) of other frames of the samples `index` (B,).
+
+        Args:
+            index: Numbers of the samples.
+            offsets: Frames from the present one, -3 .. 8: always inside the sample's sequence.
+        """
+        packed_BTKP8 = self.sensors_FKP8[self._rows(index, offsets)]
+        return _cells(packed_BTKP8.reshape(len(index), -1, packed_BTKP8.shape[-1])).reshape(
+            len(index), len(offsets), len(LIDAR_PLANES) + len(CAMERA_PLANES), GRID, GRID)
+
+    def occupancy(self, index: Array, offsets: Sequence[int]) -> Array:
+        """Labelled vehicle occupancy uint8 (B, len(offsets), 64, 64) at other frames; offsets as in `frames`."""
+        return _cells(self.labels_F2P8[self._rows(index, offsets), 0])
+
+    def motion(self, index: Array, offsets: Sequence[int]) -> Array:
+        """How the ego came to other frames, float32 (B, len(offsets), 3); offsets as in `frames`.
+
+        Raises:
+            DataError: the dataset has no `ego_motion`.
+        """
+        if self.motion_F3 is None:
+            raise DataError("the dataset has no array 'ego_motion'", fix="Record it again: fmdeploy data record")
+        return np.asarray(self.motion_F3[self._rows(index, offsets)])
+
+    def _rows(self, index: Array, offsets: Sequence[int]) -> Array:
+        if min(offsets) < 1 - PAST or max(offsets) > HORIZONS[-1]:
+            raise DataError("asks for frames outside the samples", expected=f"{1 - PAST} .. {HORIZONS[-1]}",
+                            found=f"{min(offsets)} .. {max(offsets)}")
+        return np.asarray(self.frame_N[index][:, None] + np.array(offsets))
 
 
 def _floats(packed_BTKP8: Array, planes: tuple[int, ...]) -> list[Array]:
@@ -126,6 +160,12 @@ def _checked(data: Dataset, sequence: SequenceInfo) -> Arrays:
 
 def _stack(arrays: Sequence[Arrays], names: Sequence[str]) -> Array:
     return np.stack([np.concatenate([part[name] for part in arrays]) for name in names], axis=1)
+
+
+def _motion(arrays: Sequence[Arrays]) -> Array | None:
+    if any("ego_motion" not in part for part in arrays):
+        return None
+    return np.concatenate([part["ego_motion"] for part in arrays])
 
 
 def _numbered(names: Sequence[str]) -> Array:

@@ -53,6 +53,7 @@ class Job:
         folder: Where checkpoints go.
         log: The JSON-lines log.
         validation: How it is judged on the way; the best state stays. None: the last one stays.
+        after_step: Called with the step's number after each optimiser step; its scalars go to the log.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Job:
     folder: Path
     log: Path
     validation: Validation | None = None
+    after_step: Callable[[int], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ class Run:
         self.optimizer.zero_grad()
         if self.state.average is not None:
             self.state.average.update(self.model, step)
-        self.pending.append({"step": step, "lr": rate, "grad_norm": norm.detach(), **parts})
+        seen = self.job.after_step(step) if self.job.after_step is not None else {}
+        self.pending.append({"step": step, "lr": rate, "grad_norm": norm.detach(), **parts, **seen})
 
     def _backward(self, batch: Batch, part: int) -> Losses:
         last = part == self.config.accumulation - 1

@@ -28,7 +28,7 @@ def test_every_sequence_is_whole(recording: Dataset) -> None:
     for sequence in recording.sequences:
         arrays = recording.arrays(sequence)
         assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == {
-            **dict.fromkeys(PLANES, ("uint8", (40, 512))), "ttc": ("float32", (40,)),
+            **dict.fromkeys(PLANES, ("uint8", (40, 512))), "ttc": ("float32", (40,)), "ego_motion": ("float32", (40, 3)),
             "rare_near_collision": ("bool", (40,)), "rare_cut_in": ("bool", (40,))}
         assert set(sequence.metadata) >= {
             "scenario", "seed", "ego", "weather", "sensor_rig", "map_version", "date", "simulation"}

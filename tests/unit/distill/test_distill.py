@@ -11,7 +11,6 @@ import pytest
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.data.format import open_dataset
-from fmdeploy.distill.batches import labelled_index
 from fmdeploy.distill.distill import distill
 from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.evaluate.evaluation import Evaluation
@@ -21,6 +20,7 @@ from fmdeploy.models.saved import load_model
 from fmdeploy.task import load_task
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.train import train
+from fmdeploy.training.labelled import labelled_index
 from support.training_data import STUDENT, TEACHER, write_scenes
 
 TASK = load_task("bev-occupancy")

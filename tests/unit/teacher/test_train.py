@@ -78,7 +78,7 @@ def test_any_task_trains_with_the_same_command(tmp_path: Path) -> None:
     teacher = train(data=tmp_path / "data", out=tmp_path / "t", task="image-classification", dim=16, depth=1, heads=2,
                     steps=3, batch=8, precision="fp32")
     metrics = json.loads(teacher.path("metrics.json").read_text())
-    assert set(metrics) == {"params", "labels", "test"}
+    assert set(metrics) == {"params", "labels", "objective", "test"}
     assert 0 <= metrics["test"]["accuracy"] <= 1
 
 

@@ -1,0 +1,1 @@
+"""Ways to train a teacher's backbone, one file each; `registry` knows them by name."""
