@@ -20,10 +20,12 @@ from fmdeploy.models import num_parameters
 from fmdeploy.models.saved import LoadedModel, load_model, save_model
 from fmdeploy.provenance import source_digest
 from fmdeploy.task import Samples, Task, load_task
+from fmdeploy.teacher.objectives.collapse import naming_checkpoint
 from fmdeploy.teacher.objectives.pretraining import Pretraining, PretrainingBatches
 from fmdeploy.teacher.objectives.registry import choose
 from fmdeploy.teacher.objectives.store import save_objectives
 from fmdeploy.teacher.scores import write_curve, write_scores
+from fmdeploy.teacher.sizes import TeacherSizes
 from fmdeploy.teacher.view import TeacherView
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import resolve_precision, together
@@ -31,10 +33,8 @@ from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.log import parse_log
 from fmdeploy.training.loop import Job, fit
 
-SIZES = ("dim", "depth", "heads", "stem_width", "width", "activation_checkpointing")
 
-
-class TeacherConfig(TrainingConfig):
+class TeacherConfig(TeacherSizes, TrainingConfig):
     """How the teacher is trained. Sizes that are not given are the task's own, or those of `init`."""
 
     data: InputPath = Field(description="DATASET")
@@ -46,12 +46,6 @@ class TeacherConfig(TrainingConfig):
     init: InputPath | None = Field(default=None, description="TEACHER to start from, such as a pre-trained one")
     labels: float = Field(default=1.0, gt=0, le=1, description="share of the train simulations whose labels are used")
     label_seed: int = Field(default=0, ge=0, description="which simulations those are")
-    dim: int | None = Field(default=None, ge=1, description="width of the transformer")
-    depth: int | None = Field(default=None, ge=1, description="blocks of the transformer")
-    heads: int | None = Field(default=None, ge=1, description="attention heads")
-    stem_width: int | None = Field(default=None, ge=1, description="channels at half resolution")
-    width: int | None = Field(default=None, ge=1, description="channels at quarter resolution")
-    activation_checkpointing: bool | None = Field(default=None, description="recompute activations to save memory")
 
     @model_validator(mode="after")
     def _agree(self) -> TeacherConfig:
@@ -62,11 +56,6 @@ class TeacherConfig(TrainingConfig):
     def resolved(self) -> dict[str, Any]:
         """With a hash of the user's own task in place of trust in its name."""
         return {**super().resolved(), "task_source": source_digest(self.task)}
-
-    def sizes(self) -> dict[str, Any]:
-        """The size options that were given, for `Task.teacher`."""
-        given = {name: getattr(self, name) for name in SIZES}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,8 @@ def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
         batches = PretrainingBatches(start.task, samples, config, tuple(whole.each().values()), index)
         job = Job("teacher", whole, batches, losses=lambda model, batch: model(batch), after_step=whole.after_step,
                   folder=draft.path("work/teacher"), log=draft.path("log.jsonl"))
-        timing = fit(job, config)
+        with naming_checkpoint(job.folder):
+            timing = fit(job, config)
         whole.release()
         if draft.is_main:
             heads = whole.trains_heads or (start.loaded is not None and start.loaded.recipe.heads)

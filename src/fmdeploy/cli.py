@@ -58,6 +58,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "sign": Verb("fmdeploy.runtime.signing:sign", "Sign a bundle with a bare key (OpenSSF Model Signing)."),
     "verify": Verb("fmdeploy.runtime.signing:verify", "Verify a bundle and its signature."),
     "unpack": Verb("fmdeploy.runtime.unpack:unpack", "Unpack an archived bundle without trusting it."),
+    "plan": Verb("fmdeploy.plan.plan:plan", "FLOPs, memory and tokens of a run; scaling laws from your own runs."),
     "report": Verb("fmdeploy.evaluate.report:report", "One self-contained HTML page from artifacts."),
     "show": Verb("fmdeploy.show:show", "Print an artifact and its lineage."),
 }

@@ -12,6 +12,7 @@ EXTRA_OF = {
     "transformers": "train",
     "accelerate": "train",
     "peft": "train",
+    "scipy": "train",
     "mcap": "import",
     "webdataset": "import",
     "PIL": "import",

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fmdeploy.arrays import Array, Arrays
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from fmdeploy.data.format import Dataset
 
-__all__ = ["Array", "Arrays", "Metric", "Samples", "Task", "load_task"]
+__all__ = ["Array", "Arrays", "Geometry", "Metric", "Samples", "Task", "load_task"]
 ValueT = TypeVar("ValueT")
 
 BUILT_IN = {
@@ -37,7 +38,7 @@ class Samples(Protocol):
     """Samples of one split, addressed by number."""
 
     @property
-    def ids(self) -> tuple[str, ...]:
+    def ids(self) -> Sequence[str]:
         """Stable name of each sample, `<sequence>/<frame>`."""
 
     @property
@@ -67,6 +68,20 @@ class Metric(Protocol):
         """(..., K) summed statistics → (...) values; NaN where nothing was counted."""
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How the maps of a batch are moved, alike for inputs, labels and features of any resolution.
+
+    Attributes:
+        flip: (B,) bool, array or tensor: mirrored left and right, after everything else.
+        box_B4: (B, 4) float64: top, left, height and width of the part that is looked at, as shares of the map's
+            sides; outside, the border goes on. None: the whole map.
+    """
+
+    flip: Any
+    box_B4: Array | None = None
+
+
 class Task(ABC):
     """Base class of all tasks."""
 
@@ -74,6 +89,8 @@ class Task(ABC):
     teacher_layer: str = ""
     student_layer: str = ""
     panel_legend: str = ""
+    frames: int = 1
+    """Moments of the past in one sample's inputs."""
 
     @property
     @abstractmethod
@@ -100,9 +117,23 @@ class Task(ABC):
     def distillation_loss(self, outputs: dict[str, Tensor], teacher_outputs: dict[str, Tensor]) -> Tensor:
         """Scalar loss against the teacher's logits: exactly zero where the two are equal."""
 
-    def flip(self, values: dict[str, ValueT], mask: ValueT) -> dict[str, ValueT]:
-        """Mirror the samples where `mask` (B,) is true: inputs, targets and dense features alike. Default: never."""
+    def transform(self, values: dict[str, ValueT], geometry: Geometry) -> dict[str, ValueT]:
+        """Move every map among inputs, targets, dense outputs or features (arrays or tensors) as `geometry` says.
+
+        Default: nothing moves. `training.geometry.moved` does it for maps (B, C, H, W).
+        """
         return values
+
+    def flip(self, values: dict[str, ValueT], mask: ValueT) -> dict[str, ValueT]:
+        """Mirror the samples where `mask` (B,) is true: `transform` with that alone."""
+        return self.transform(values, Geometry(mask))
+
+    def exclusive(self) -> frozenset[str]:
+        """Outputs whose channels exclude each other (softmax); the others answer yes or no in each element (sigmoid).
+
+        Default: those of layout `C`.
+        """
+        return frozenset(spec.name for spec in self.io.outputs if spec.layout == "C")
 
     def samples(self, data: Dataset, split: str) -> Samples:
         """Samples of one split. Default: every frame, arrays named as in `io` are inputs, the others targets."""

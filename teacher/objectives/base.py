@@ -20,7 +20,13 @@ from fmdeploy.training.sampler import Index
 
 
 class CollapsedError(InputError):
-    """The representation lost its variety: every input gets nearly the same features."""
+    """The representation lost its variety: every input gets nearly the same features.
+
+    Attributes:
+        healthy_steps: Steps done when it was last seen in good health.
+    """
+
+    healthy_steps: int = 0
 
 
 class ObjectiveConfig(BaseModel):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from fmdeploy.teacher.objectives.registry import Choice
 from fmdeploy.training.batches import mirrored
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch, Losses, Tensors
-from fmdeploy.training.sampler import Index, mirror_mask, my_part, step_index
+from fmdeploy.training.sampler import Index, Sampler, make_sampler, mirror_mask, my_part
 
 OBJECTIVE_STREAM = 0x6F62
 
@@ -101,12 +102,15 @@ class PretrainingBatches:
     objectives: Sequence[Objective]
     index: Index | None = None
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        """The order of the samples."""
+        return make_sampler(self.samples, self.config.batch, self.config.seed, self.index)
+
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
         config = self.config
-        count = len(self.samples) if self.index is None else len(self.index)
-        drawn = step_index(count, config.batch, seed=config.seed, step=step)
-        chosen = my_part(drawn if self.index is None else self.index[drawn], part, config.accumulation)
+        chosen = my_part(self.sampler.index(step), part, config.accumulation)
         mask = my_part(mirror_mask(config.batch, seed=config.seed, step=step), part, config.accumulation)
         inputs, targets = self.samples.batch(chosen)
         batch: Batch = {"inputs": inputs, "targets": targets}

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from fmdeploy.config import validate
 from fmdeploy.errors import ConfigError
-from fmdeploy.strictjson import loads
 from fmdeploy.teacher.objectives.base import Objective, ObjectiveConfig
+from fmdeploy.training.choices import name_and_weight
+from fmdeploy.training.choices import settings as read_settings
 
 HERE = "fmdeploy.teacher.objectives"
 OBJECTIVES = {
     "supervised": "supervised:Supervised",
+    "worldmodel": "worldmodel:WorldModel",
+    "mae": "mae:MaskedReconstruction",
+    "jepa": "jepa:Jepa",
+    "selfdistill": "selfdistill:SelfDistillation",
+    "contrastive": "contrastive:Contrastive",
+    "flow": "flow:Flow",
 }
 
 
@@ -31,13 +38,13 @@ def choose(wanted: Sequence[str], settings: Sequence[str]) -> tuple[Choice, ...]
     Raises:
         ConfigError: unknown name, weight or option; all with what is known.
     """
-    options = _options(settings)
+    options = read_settings(settings, "OBJECTIVE")
     found = []
     for text in wanted:
-        name, _, weight = text.partition("=")
+        name, weight = name_and_weight(text, "objective")
         kind = kind_of(name)
         config = validate(kind.Config, options.pop(name, {}), where=f"objective {name}")
-        found.append(Choice(kind, _weight(text, weight), config))
+        found.append(Choice(kind, weight, config))
     if len({choice.kind for choice in found}) != len(found):
         raise ConfigError("an objective is given twice", where="objective", found=", ".join(wanted))
     if options:
@@ -57,32 +64,3 @@ def kind_of(name: str) -> type[Objective]:
     module, _, attribute = OBJECTIVES[name].partition(":")
     kind: type[Objective] = getattr(importlib.import_module(f"{HERE}.{module}"), attribute)
     return kind
-
-
-def _weight(text: str, weight: str) -> float:
-    try:
-        value = float(weight) if weight else 1.0
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise ConfigError("has no usable weight", where=f"objective {text!r}", expected="NAME=WEIGHT, above 0")
-    return value
-
-
-def _options(settings: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for text in settings:
-        path, equal, value = text.partition("=")
-        name, dot, key = path.partition(".")
-        if not (equal and dot and key):
-            raise ConfigError("is not a setting", where=f"set {text!r}", expected="OBJECTIVE.OPTION=VALUE")
-        found.setdefault(name, {})[key] = _value(value)
-    return dict(found)
-
-
-def _value(text: str) -> Any:
-    """A JSON value where the text is one (numbers, true, lists), else the text itself."""
-    try:
-        return loads(text.encode())
-    except ValueError:
-        return text

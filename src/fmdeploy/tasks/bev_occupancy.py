@@ -14,7 +14,7 @@ import numpy as np
 from fmdeploy.data.format import Dataset
 from fmdeploy.evaluate.metrics import ECE, Accuracy, DrivableIoU, OccupancyIoU, SoftIoU, TopLabelECE, horizon_metrics
 from fmdeploy.iospec import IOSpec, TensorSpec
-from fmdeploy.task import Array, Arrays, Metric, Samples, Task, ValueT
+from fmdeploy.task import Array, Arrays, Geometry, Metric, Samples, Task, ValueT
 from fmdeploy.tasks.bev_occupancy_samples import GRID, SCENES, BevSamples
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class BevOccupancy(Task):
     name = "bev-occupancy"
     teacher_layer = "tokens"
     student_layer = "trunk"
+    frames = len(FRAMES)
     panel_legend = (
         "64 m around the ego (blue), driving up. Vehicles now red, in 0.4 s orange, in 0.8 s yellow, in 1.6 s green, "
         "fading with the probability; road grey. Inputs: lidar hits red on free space, camera vehicles orange."
@@ -91,9 +92,11 @@ class BevOccupancy(Task):
         scene = kl_divergence(outputs["scene"], teacher_outputs["scene"])
         return bernoulli_kl(logits_BCHW, teacher_BCHW) + DICE_WEIGHT * dice + SCENE_WEIGHT * scene
 
-    def flip(self, values: dict[str, ValueT], mask: ValueT) -> dict[str, ValueT]:
-        """Mirror left and right: the last axis of everything that is a map (B, C, H, W). Arrays or tensors."""
-        return {name: _mirrored(value, mask) if getattr(value, "ndim", 0) == 4 else value
+    def transform(self, values: dict[str, ValueT], geometry: Geometry) -> dict[str, ValueT]:
+        """Move everything that is a map (B, C, H, W), arrays or tensors."""
+        from fmdeploy.training.geometry import moved
+
+        return {name: moved(value, geometry) if getattr(value, "ndim", 0) == 4 else value
                 for name, value in values.items()}
 
     def teacher(self, options: Mapping[str, Any]) -> nn.Module:
@@ -157,17 +160,6 @@ def _io() -> IOSpec:
 def _grid(name: str, channels: tuple[str, ...], sensor: str) -> TensorSpec:
     return TensorSpec(name=name, shape=(len(channels), GRID, GRID), layout="CHW", value_range=(0.0, 1.0),
                       channels=channels, sensor=sensor)
-
-
-def _mirrored(value: Any, mask: Any) -> Any:
-    """`value` (B, C, H, W) with the last axis of the masked samples reversed; a copy."""
-    if isinstance(value, np.ndarray):
-        result = value.copy()
-        result[mask] = value[mask][..., ::-1]
-        return result
-    import torch
-
-    return torch.where(torch.as_tensor(mask, device=value.device)[:, None, None, None], value.flip(-1), value)
 
 
 COLOURS_C3 = np.array([[230, 25, 25], [240, 140, 20], [235, 205, 40], [120, 190, 60]], np.float32)

@@ -1,0 +1,1 @@
+"""What a training run will cost, and what size of model and data is worth it."""

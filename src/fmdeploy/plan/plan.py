@@ -1,0 +1,128 @@
+"""`fmdeploy plan`: what a run costs before it starts, and which size of model and data is worth its FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from fmdeploy.command import Outcome, command
+from fmdeploy.config import InputPath
+from fmdeploy.data.format import open_dataset
+from fmdeploy.plan.cost import cost_of
+from fmdeploy.plan.fit import Fit, fit_law
+from fmdeploy.plan.laws import LAWS
+from fmdeploy.plan.runs import read_runs
+from fmdeploy.plan.tokens import effective_share, tokens_per_example
+from fmdeploy.task import load_task
+from fmdeploy.teacher.sizes import TeacherSizes
+from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.device import resolve_precision
+
+Json = dict[str, Any]
+
+
+class PlanConfig(TeacherSizes, TrainingConfig):
+    """A teacher's training run, or with --fit a table of finished ones."""
+
+    task: str = Field(default="bev-occupancy", description="built-in task, or module:Class")
+    data: InputPath | None = Field(default=None, description="DATASET: its tokens, and those left without duplicates")
+    processes: int = Field(default=1, ge=1, description="processes that share the batch")
+    fit: InputPath | None = Field(default=None, description="CSV (params,tokens,loss) of your own runs")
+    law: Literal["chinchilla", "kaplan"] = Field(default="chinchilla", description="form of the scaling law")
+    flops: float | None = Field(default=None, gt=0, description="budget for the compute-optimal pair, with --fit")
+    draws: int = Field(default=200, ge=0, le=10_000, description="refits of resampled runs, for the intervals")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="two-sided coverage of the intervals")
+
+    @model_validator(mode="after")
+    def _agree(self) -> PlanConfig:
+        if self.flops is not None and self.fit is None:
+            raise ValueError("--flops needs --fit: the law comes from your own runs")
+        if self.fit is not None and self.data is not None:
+            raise ValueError("give either --fit or --data: they are two questions")
+        return self
+
+
+@command(PlanConfig)
+def plan(config: PlanConfig) -> Outcome:
+    """Say what a training run takes before it starts, or fit a scaling law to runs that are done.
+
+    Without --fit: parameters, tokens of an example, FLOPs and memory of the run, and with --data how many of its
+    tokens are left without near-duplicates. With --fit: the law's numbers with intervals and, for --flops, the model
+    and data size with the least loss.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+        DataError: the runs cannot be read or are too few or too alike.
+    """
+    return _fit(config) if config.fit is not None else _cost(config)
+
+
+def _fit(config: PlanConfig) -> Outcome:
+    assert config.fit is not None
+    found = fit_law(LAWS[config.law], read_runs(config.fit), draws=config.draws, seed=config.seed)
+    data: Json = {**found.to_json(config.confidence), "law": config.law, "runs": found.num_runs,
+                  "rms_log_loss": found.rms}
+    if config.flops is not None:
+        data["optimal"] = found.optimum(config.flops, config.confidence)
+    return Outcome(tuple(_fit_lines(found, data, config.confidence)), data)
+
+
+def _fit_lines(found: Fit, data: Json, confidence: float) -> Iterator[str]:
+    yield (f"{data['law']} law from {found.num_runs} runs, {found.rms:.2%} rms of the loss; "
+           f"{confidence:.0%} intervals from {len(found.draws)} refits")
+    for name in found.law.names:
+        yield f"  {name:8} {_spread(data[name])}"
+    if "optimal" in data:
+        best = data["optimal"]
+        yield f"  best for {best['flops']:.3g} FLOPs: loss {best['loss']:.4f}"
+        yield f"    parameters {_spread(best['params'])}"
+        yield f"    tokens     {_spread(best['tokens'])}"
+
+
+def _spread(number: Json) -> str:
+    if number["low"] is None:
+        return f"{number['value']:.4g} (interval not measured)"
+    return f"{number['value']:.4g} [{number['low']:.4g}, {number['high']:.4g}]"
+
+
+def _cost(config: PlanConfig) -> Outcome:
+    config = config.model_copy(update={"precision": resolve_precision(config.precision)})
+    task = load_task(config.task)
+    with torch.random.fork_rng(devices=[]):
+        module = task.teacher(config.sizes())
+    tokens = tokens_per_example(task, module)
+    data: Json = {"task": config.task, "tokens_per_example": tokens, **cost_of(
+        module, task.io, config, processes=config.processes)}
+    data["run"] = {"examples": config.steps * config.batch,
+                   "tokens": config.steps * config.batch * (tokens["patches"] or tokens["cells"])}
+    if config.data is not None:
+        data["data"] = _data(config, tokens)
+    return Outcome(tuple(_cost_lines(data, config)), data)
+
+
+def _data(config: PlanConfig, tokens: dict[str, int]) -> Json:
+    assert config.data is not None
+    opened = open_dataset(config.data)
+    samples = len(load_task(config.task).samples(opened, "train"))
+    unit = tokens["patches"] or tokens["cells"]
+    found = effective_share(opened, "train")
+    return {"samples": samples, "tokens": samples * unit, "near_duplicates": found,
+            "effective_tokens": round(samples * unit * found["share"]),
+            "epochs": round(config.steps * config.batch / samples, 3)}
+
+
+def _cost_lines(data: Json, config: PlanConfig) -> Iterator[str]:
+    tokens, flops, memory = data["tokens_per_example"], data["flops"], data["memory_mib"]
+    yield f"{data['params']:,} parameters, {data['trainable']:,} of them trained"
+    yield "  an example: " + ", ".join(f"{value:,} {name}" for name, value in tokens.items() if value)
+    yield (f"  FLOPs: {flops['forward_per_sample']:.3g} forward, {flops['per_sample']:.3g} a sample in training, "
+           f"{flops['run']:.3g} for {config.steps} steps of {config.batch}")
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in memory.items() if name != "total" and value)
+    yield f"  memory of a process: {memory['total']:.1f} MiB ({parts})"
+    if "data" in data:
+        found = data["data"]
+        yield (f"  data: {found['samples']:,} samples, {found['tokens']:,} tokens, {found['effective_tokens']:,} "
+               f"without near-duplicates ({found['near_duplicates']['method']}); the run is {found['epochs']} epochs")

@@ -1,0 +1,148 @@
+"""Masked reconstruction: hide patches of the sensors' maps, and let a light decoder fill them in.
+
+Masked autoencoders (arXiv:2111.06377) for several sensors on one grid (MultiMAE, arXiv:2204.01678). A token of the
+common grid is hidden in one of two ways:
+
+    bev             every sensor's patch is blanked and the token is dropped: filled in from its surroundings
+    one input's name  that sensor's patch alone is blanked: filled in from the other sensors at the same place
+
+Legend: B samples, N tokens, K tokens that go through the transformer, M hidden ones, C channels, P cells a side of one
+token, D embedding, F = C * P * P values of one patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fmdeploy.errors import ConfigError
+from fmdeploy.iospec import TensorSpec
+from fmdeploy.models import input_list
+from fmdeploy.models.tokens import backbone_of
+from fmdeploy.task import Arrays, Samples, Task
+from fmdeploy.teacher.objectives.base import Objective, ObjectiveConfig
+from fmdeploy.teacher.objectives.masking import Index, arrays_of, random_parts
+from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, patches_of, places, rows_at
+from fmdeploy.training.loop import Losses, Tensors
+
+BEV = "bev"
+KIND = "mae"
+
+
+class MaeConfig(ObjectiveConfig):
+    """Options of `mae`."""
+
+    masked: tuple[str, ...] = Field(default=(), description="bev, names of inputs; empty: all of them")
+    ratio: float = Field(default=0.6, gt=0, lt=1, description="share of the tokens dropped when `bev` is masked")
+    sensor_ratio: float = Field(default=0.25, gt=0, lt=1, description="share of the tokens, for each masked input")
+    width: int = Field(default=96, ge=4, description="width of the decoder")
+    depth: int = Field(default=1, ge=1, description="its blocks")
+    heads: int = Field(default=4, ge=1, description="its attention heads")
+    loss: Literal["auto", "bce", "mse"] = Field(default="auto", description=(
+        "of a reconstructed cell; auto: bce for named planes between 0 and 1, else mse of patches normalised"))
+    positive: float = Field(default=3.0, gt=0, description="weight of a cell that is 1, for bce")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> MaeConfig:
+        if len(set(self.masked)) != len(self.masked):
+            raise ValueError("masked names something twice")
+        return self
+
+
+class MaskedReconstruction(Objective):
+    """One part a sensor: the loss of its hidden patches, mean over their cells."""
+
+    name = "mae"
+    Config = MaeConfig
+    config: MaeConfig
+
+    def __init__(self, task: Task, teacher: nn.Module, config: MaeConfig, *, steps: int) -> None:
+        super().__init__(task, teacher, config, steps=steps)
+        backbone = backbone_of(teacher, where=self.name)
+        self.side, self.num_tokens = backbone.side, backbone.side**2
+        self.specs = {spec.name: spec for spec in task.io.inputs}
+        check_grid({name: spec.shape for name, spec in self.specs.items()}, self.side, where=self.name)
+        self.counts = self._counts()
+        self.decoder = Predictor(backbone.dim, self.side, width=config.width, depth=config.depth, heads=config.heads)
+        self.heads = nn.ModuleDict({
+            name: nn.Linear(config.width, self._patch_size(spec))
+            for name, spec in self.specs.items() if BEV in self.counts or name in self.counts
+        })
+
+    def _patch_size(self, spec: TensorSpec) -> int:
+        channels, height, width = spec.shape
+        return channels * (height // self.side) * (width // self.side)
+
+    def _counts(self) -> dict[str, int]:
+        """Hidden tokens of each way, disjoint; what is left goes through the transformer untouched."""
+        several = len(self.specs) > 1
+        wanted = self.config.masked or ((BEV, *self.specs) if several else (BEV,))
+        if unknown := sorted(set(wanted) - {BEV, *self.specs}):
+            raise ConfigError(f"cannot mask {unknown[0]!r}", where="mae.masked", expected=", ".join((BEV, *self.specs)))
+        shares = {name: self.config.ratio if name == BEV else self.config.sensor_ratio for name in wanted}
+        # Sensors share what `bev` leaves, so that ways never meet at a token.
+        room = 1 - shares.get(BEV, 0.0)
+        counts = {name: max(1, round(self.num_tokens * (share if name == BEV else share * room)))
+                  for name, share in shares.items()}
+        if sum(counts.values()) > self.num_tokens - 1:
+            raise ConfigError("hides every token", where=self.name, expected=f"fewer than {self.num_tokens}",
+                              found=counts, fix="Lower mae.ratio or mae.sensor_ratio")
+        return counts
+
+    def arrays(self, samples: Samples, index: Index, rngs: Sequence[Generator]) -> Mapping[str, Arrays]:
+        """Kind `mae`: the tokens hidden in each way, and `keep`, those that go through the transformer."""
+        rest = self.num_tokens - sum(self.counts.values())
+        *hidden, rest_BK = random_parts(self.num_tokens, [*self.counts.values(), rest], rngs)
+        found = dict(zip(self.counts, hidden, strict=True))
+        kept = [part for name, part in found.items() if name != BEV]
+        return {KIND: arrays_of(keep=np.sort(np.concatenate([rest_BK, *kept], axis=1), axis=1), **found)}
+
+    @property
+    def unmirrored(self) -> frozenset[str]:
+        """Token numbers are drawn at random anyway."""
+        return frozenset({KIND})
+
+    def losses(self, teacher: nn.Module, batch: Tensors) -> Losses:
+        """See `Objective.losses`."""
+        masks, inputs = batch[KIND], batch["inputs"]
+        keep_BK, dropped_BM = masks["keep"], masks.get(BEV, masks["keep"][:, :0])
+        shown = {name: blanked(x, places(self._hidden(name, masks), self.num_tokens)) for name, x in inputs.items()}
+        state_BKD = backbone_of(teacher, where=self.name).tokens(
+            *input_list(self.task.io, shown), keep_BK=keep_BK if BEV in self.counts else None)
+        filled_BNE = in_order(self.decoder(state_BKD, keep_BK, dropped_BM), torch.cat((keep_BK, dropped_BM), dim=1))
+        found: Losses = {}
+        for name, head in self.heads.items():
+            hidden_BM = self._hidden(name, masks)
+            target_BMF = rows_at(patches_of(inputs[name], self.side), hidden_BM)
+            found[name] = self._distance(name, head(rows_at(filled_BNE, hidden_BM)).float(), target_BMF.float())
+        return {name: value / len(found) for name, value in found.items()}
+
+    def _hidden(self, name: str, masks: dict[str, Tensor]) -> Tensor:
+        """Places where input `name` is blanked."""
+        ways = [masks[way] for way in (BEV, name) if way in self.counts]
+        return torch.cat([*ways, masks["keep"][:, :0]], dim=1)
+
+    def _distance(self, name: str, predicted_BMF: Tensor, target_BMF: Tensor) -> Tensor:
+        if self.loss_of(name) == "bce":
+            positive = predicted_BMF.new_tensor(self.config.positive)
+            return F.binary_cross_entropy_with_logits(predicted_BMF, target_BMF, pos_weight=positive)
+        return F.mse_loss(predicted_BMF, F.layer_norm(target_BMF, target_BMF.shape[-1:]))
+
+    def loss_of(self, name: str) -> Literal["bce", "mse"]:
+        """How the cells of input `name` are judged."""
+        spec = self.specs[name]
+        if self.config.loss != "auto":
+            return self.config.loss
+        return "bce" if spec.value_range == (0.0, 1.0) and spec.channels else "mse"
+
+
+def in_order(rows_BND: Tensor, places_BN: Tensor) -> Tensor:
+    """Rows sorted by their places: row n of the result stands at place n."""
+    return rows_at(rows_BND, places_BN.argsort(dim=1))
