@@ -1,10 +1,10 @@
-"""What must not be in two splits at once: sequences, seeds, simulations and neighbouring frames."""
+"""What must not be in two splits at once: sequences, seeds, simulations, neighbouring frames, one drive of a day."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -17,21 +17,32 @@ MIN_GAP = 12
 
 @dataclass(frozen=True)
 class Leak:
-    """One pair of things that should be apart."""
+    """One way in which something is known in a split that must not be.
 
-    kind: str
-    one: str
-    other: str
-    splits: tuple[str, str]
-    detail: str
+    Attributes:
+        trap: Its kind, such as `shared seed`.
+        samples: Names of what it is about: two sequences that should be apart, or all that are concerned.
+        why: What was found, in a few words.
+        splits: Where: two splits, or one.
+    """
+
+    trap: str
+    samples: tuple[str, ...]
+    why: str
+    splits: tuple[str, ...]
 
     def line(self) -> str:
         """The leak for a person."""
-        return f"{self.kind}: {self.one} ({self.splits[0]}) and {self.other} ({self.splits[1]}): {self.detail}"
+        if len(self.samples) == len(self.splits) == 2:
+            (one, other), (here, there) = self.samples, self.splits
+            return f"{self.trap}: {one} ({here}) and {other} ({there}): {self.why}"
+        shown = ", ".join(self.samples[:3]) + (f" and {len(self.samples) - 3} more" if len(self.samples) > 3 else "")
+        return f"{self.trap}: {shown} ({', '.join(self.splits)}): {self.why}"
 
     def to_json(self) -> dict[str, Any]:
-        """The leak for a machine."""
-        return {**asdict(self), "splits": list(self.splits)}
+        """The leak for a machine: trap, samples and why."""
+        where = " and ".join(self.splits)
+        return {"trap": self.trap, "samples": list(self.samples), "why": f"{self.why} ({where})"}
 
 
 Splits = Mapping[str, Sequence[str]]
@@ -40,14 +51,14 @@ Splits = Mapping[str, Sequence[str]]
 def leaks_of_keys(sequences: Sequence[SequenceInfo], splits: Splits) -> list[Leak]:
     """Sequences that stand in two splits, or share a seed or a simulation across splits."""
     found = [
-        Leak("shared sequence", sequence, sequence, (a, b), "the same sequence is in both")
+        Leak("shared sequence", (sequence, sequence), "the same sequence is in both", (a, b))
         for a, b in combinations(splits, 2) for sequence in sorted(set(splits[a]) & set(splits[b]))
     ]
     for key, read in _KEYS.items():
-        seen = {(leak.one, leak.other) for leak in found}
+        seen = {leak.samples for leak in found}
         for one, other, names in _across(sequences, splits, read):
             if one.id != other.id and (one.id, other.id) not in seen:
-                found.append(Leak(f"shared {key}", one.id, other.id, names, f"{key} {read(one)}"))
+                found.append(Leak(f"shared {key}", (one.id, other.id), f"{key} {read(one)}", names))
     return found
 
 
@@ -67,9 +78,24 @@ def leaks_of_neighbours(sequences: Sequence[SequenceInfo], splits: Splits) -> li
         (a, a_end), (b, b_end) = _span(one), _span(other)
         gap = max(a, b) - min(a_end, b_end)
         if one.id != other.id and gap < MIN_GAP:
-            found.append(Leak("adjacent frames", one.id, other.id, names,
-                              f"frames {a}..{a_end - 1} and {b}..{b_end - 1} of {one.metadata['recording']}"))
+            why = f"frames {a}..{a_end - 1} and {b}..{b_end - 1} of {one.metadata['recording']}"
+            found.append(Leak("adjacent frames", (one.id, other.id), why, names))
     return found
+
+
+def leaks_of_routes(sequences: Sequence[SequenceInfo], splits: Splits) -> list[Leak]:
+    """One route driven on one day, in two splits: the same parked cars, road works and light."""
+    found = []
+    for one, other, names in _across(sequences, splits, _route_and_day):
+        if one.id != other.id:
+            why = f"route {one.metadata['route']} on {one.metadata['date']}"
+            found.append(Leak("same route same day", (one.id, other.id), why, names))
+    return found
+
+
+def _route_and_day(sequence: SequenceInfo) -> tuple[str, str] | None:
+    route, date = sequence.metadata.get("route"), sequence.metadata.get("date")
+    return None if route is None or date is None else (str(route), str(date)[:10])
 
 
 def _span(sequence: SequenceInfo) -> tuple[int, int]:
@@ -92,14 +118,21 @@ def _across(
                 yield one, other, (split_of[one.id], split_of[other.id])
 
 
+def leaks_of_splits(sequences: Sequence[SequenceInfo], splits: Splits) -> list[Leak]:
+    """All that the metadata alone says about how sequences were divided; a pair is named once."""
+    found = [*leaks_of_keys(sequences, splits), *leaks_of_neighbours(sequences, splits)]
+    seen = {frozenset(leak.samples) for leak in found}
+    return [*found, *(leak for leak in leaks_of_routes(sequences, splits) if frozenset(leak.samples) not in seen)]
+
+
 def refuse_leaks(sequences: Sequence[SequenceInfo], splits: Splits, where: object) -> None:
-    """Refuse splits that leak by sequence, seed, simulation or neighbouring frames.
+    """Refuse splits that leak by sequence, seed, simulation, neighbouring frames, or route and day.
 
     Raises:
         LeakageError: names the first pair and how many there are.
     """
-    found = [*leaks_of_keys(sequences, splits), *leaks_of_neighbours(sequences, splits)]
+    found = leaks_of_splits(sequences, splits)
     if found:
         raise LeakageError(f"this split leaks: {found[0].line()}", where=where,
-                           expected="no sequence, seed or recording in two splits",
+                           expected="no sequence, seed, recording or drive of a day in two splits",
                            found=f"{len(found)} pair{'s' if len(found) > 1 else ''}")

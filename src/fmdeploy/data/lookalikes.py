@@ -27,10 +27,10 @@ def leaks_of_content(data: Dataset, found: Signatures) -> list[Leak]:
         for (one, other), (bits, i, j, count) in sorted(closest.items()):
             frames = f"{found.frame_S[i]} and {found.frame_S[j]}"
             leaks.append(Leak(
-                "near-duplicate frames", data.sequences[one].id, data.sequences[other].id, (a, b),
-                f"{count} pairs, closest frames {frames} differ in {bits} of {found.bits_SK.shape[1]} bits",
+                "near-duplicate frames", (data.sequences[one].id, data.sequences[other].id),
+                f"{count} pairs, closest frames {frames} differ in {bits} of {found.bits_SK.shape[1]} bits", (a, b),
             ))
-    return [leak for leak in leaks if leak.one != leak.other]
+    return [leak for leak in leaks if leak.samples[0] != leak.samples[1]]
 
 
 def _rows(found: Signatures, numbers: set[int]) -> Array:

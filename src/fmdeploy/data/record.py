@@ -33,6 +33,7 @@ from fmdeploy.progress import progress
 
 SEEDS_PER_RECORDING = 100_000
 FIRST_DAY, DAYS = datetime.date(2026, 3, 2), 10
+MAP_DAY = "2026-02-02"
 
 
 class RecordConfig(StageConfig):
@@ -109,7 +110,8 @@ def metadata_of(job: Job, ego: int) -> dict[str, Any]:
     return {
         "scenario": job.scenario, "place": job.scenario, "seed": job.seed, "ego": ego, "weather": job.weather,
         "simulation": f"{job.scenario}-{job.seed}", "sensor_rig": RIG,
-        "map_version": f"highway-env-{highway.version()}",
+        "map_version": f"highway-env-{highway.version()}", "map_date": MAP_DAY,
+        "route": f"{job.scenario}-{job.seed}",  # every simulation builds its own stretch of road
         "date": (FIRST_DAY + datetime.timedelta(days=job.number % DAYS)).isoformat(), "frames_per_second": 5,
         "recording": sequence_name(job, ego), "first_frame": 0,
     }

@@ -7,6 +7,7 @@ allows it, so a new split costs no space.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -26,6 +27,8 @@ from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import DataError
 from fmdeploy.manifest import Kind
 
+METRES_PER_DEGREE = 111_320.0  # of latitude, and of longitude at the equator
+
 
 class SplitConfig(StageConfig):
     """How to split."""
@@ -33,7 +36,11 @@ class SplitConfig(StageConfig):
     data: InputPath = Field(description="The DATASET to split anew")
     out: OutputPath = Field(description="Folder of the new DATASET")
     by: str = Field(default="seed", min_length=1, description=(
-        "What stays together: 'seed', 'sequence', or any key of the metadata, such as scenario, date, map_version"))
+        "What stays together: 'seed', 'sequence', 'geography' (tiles of 'position'), or any key of the metadata, such "
+        "as route, scenario, place, date, map_version"))
+    tile_m: float = Field(default=500.0, gt=0, description="Side of a tile in metres, for 'geography'")
+    chronological: bool = Field(default=False, description=(
+        "Deal units in their sorted order instead of at random: the last dates are test, those before them val"))
     val: float = Field(default=0.2, ge=0, lt=1, description="Share for validation, of the units in 'by'")
     test: float = Field(default=0.2, ge=0, lt=1, description="Share for test")
     val_values: tuple[str, ...] = Field(default=(), description="Hold out these values of 'by' for validation")
@@ -70,7 +77,7 @@ def divide(data: Dataset, config: SplitConfig) -> dict[str, list[str]]:
     Raises:
         DataError: the metadata lacks the key or the value, or a split would be empty.
     """
-    value_of = {sequence.id: _value(sequence, config.by) for sequence in data.sequences}
+    value_of = {sequence.id: _value(sequence, config) for sequence in data.sequences}
     if absent := sorted({*config.val_values, *config.test_values} - set(value_of.values())):
         known = sorted(set(value_of.values()))
         raise DataError(f"no sequence has {config.by} {absent[0]!r}", where=config.data,
@@ -90,9 +97,12 @@ def divide(data: Dataset, config: SplitConfig) -> dict[str, list[str]]:
     return chosen
 
 
-def _value(sequence: SequenceInfo, key: str) -> str:
+def _value(sequence: SequenceInfo, config: SplitConfig) -> str:
+    key = config.by
     if key == "sequence":
         return sequence.id
+    if key == "geography" and key not in sequence.metadata:
+        return tile_of(sequence, config.tile_m)
     if key == "seed" and "seed" not in sequence.metadata:
         return sequence.group
     if key not in sequence.metadata:
@@ -101,12 +111,30 @@ def _value(sequence: SequenceInfo, key: str) -> str:
     return str(sequence.metadata[key])
 
 
+def tile_of(sequence: SequenceInfo, side_m: float) -> str:
+    """Name of the square tile that a sequence's `position` (latitude and longitude in degrees) lies in.
+
+    Raises:
+        DataError: it has no such position.
+    """
+    position = sequence.metadata.get("position")
+    if not (isinstance(position, (list, tuple)) and len(position) == 2
+            and all(isinstance(x, (int, float)) and math.isfinite(x) for x in position) and abs(position[0]) <= 90):
+        raise DataError(f"sequence {sequence.id} has no 'position'", where="by geography", found=repr(position)[:40],
+                        expected="[latitude, longitude] in degrees, or a key 'geography'")
+    row = math.floor(position[0] * METRES_PER_DEGREE / side_m)
+    parallel = math.cos(math.radians((row + 0.5) * side_m / METRES_PER_DEGREE))  # of the row: one for all its tiles
+    return f"{row}:{math.floor(position[1] * METRES_PER_DEGREE * parallel / side_m)}"
+
+
 def _deal(sequences: Sequence[SequenceInfo], value_of: dict[str, str], config: SplitConfig) -> dict[str, str]:
     """Deal the units out at random, scenario after scenario, each to the split that is most behind its share."""
     units: dict[str, list[SequenceInfo]] = defaultdict(list)
     for sequence in sequences:
         units[value_of[sequence.id]].append(sequence)
     names = sorted(units)
+    if config.chronological:
+        return _in_order(names, units, config)
     order = [names[i] for i in np.random.default_rng(config.seed).permutation(len(names))]
     order.sort(key=lambda name: str(units[name][0].metadata.get("scenario", "")))
     wanted = np.array([1 - config.val - config.test, config.val, config.test])
@@ -116,6 +144,17 @@ def _deal(sequences: Sequence[SequenceInfo], value_of: dict[str, str], config: S
         winner = int(np.argmax(np.round(wanted * total - given, 9)))
         given[winner] += len(units[name])
         place.update({sequence.id: SPLITS[winner] for sequence in units[name]})
+    return place
+
+
+def _in_order(names: Sequence[str], units: dict[str, list[SequenceInfo]], config: SplitConfig) -> dict[str, str]:
+    """The first units train, then validation, the last ones test; each unit goes where its middle falls."""
+    total, seen, place = sum(map(len, units.values())), 0, {}
+    for name in names:
+        middle = (seen + len(units[name]) / 2) / total
+        split = "test" if middle > 1 - config.test else "val" if middle > 1 - config.test - config.val else "train"
+        seen += len(units[name])
+        place.update({sequence.id: split for sequence in units[name]})
     return place
 
 

@@ -41,12 +41,14 @@ def plant(recording: Dataset, tmp_path: Path) -> Plant:
     """Write the recording again with other splits, and perhaps more sequences, without the checks of the writer."""
 
     def write(
-        name: str, splits: Splits | None = None, extra: Sequence[tuple[str, SequenceInfo, Arrays, dict[str, object]]] = ()
+        name: str, splits: Splits | None = None,
+        extra: Sequence[tuple[str, SequenceInfo, Arrays, dict[str, object]]] = (),
+        edit: Callable[[SequenceInfo], Mapping[str, object]] = lambda sequence: {},
     ) -> Artifact:
         def build(draft: Draft) -> None:
             writer = DatasetWriter(draft)
             for sequence in recording.sequences:
-                writer.add(sequence.id, recording.arrays(sequence), sequence.metadata)
+                writer.add(sequence.id, recording.arrays(sequence), {**sequence.metadata, **edit(sequence)})
             chosen = {key: list(ids) for key, ids in (splits or recording.splits).items()}
             for split, base, arrays, changes in extra:
                 metadata = {**base.metadata, **changes}

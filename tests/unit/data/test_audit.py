@@ -27,9 +27,9 @@ Plant = Callable[..., Artifact]
 
 
 def kinds(outcome: Outcome) -> set[str]:
-    assert outcome.exit_code == (1 if outcome.data["leaks"] else 0)
-    assert len(outcome.data["pairs"]) == outcome.data["leaks"] == sum(outcome.data["kinds"].values())
-    return set(outcome.data["kinds"])
+    assert outcome.exit_code == (1 if outcome.data else 0)
+    assert all(set(leak) == {"trap", "samples", "why"} and leak["samples"] and leak["why"] for leak in outcome.data)
+    return {leak["trap"] for leak in outcome.data}
 
 
 def busiest(data: Dataset) -> SequenceInfo:
@@ -40,8 +40,9 @@ def busiest(data: Dataset) -> SequenceInfo:
 def test_clean_recording_passes(recording: Dataset) -> None:
     outcome = audit(data=str(recording.artifact.root))
     assert kinds(outcome) == set()
-    assert outcome.data["checked"]["informative_frames"] > 300
+    assert outcome.data == []
     assert outcome.lines[0].startswith("no leakage found")
+    assert "pHash of occupancy, two frames" in outcome.lines[0]
 
 
 def test_shared_sequence_is_named(recording: Dataset, plant: Plant) -> None:
@@ -50,7 +51,7 @@ def test_shared_sequence_is_named(recording: Dataset, plant: Plant) -> None:
     leaking = plant("shared", splits)
     outcome = audit(data=str(leaking.root), content=False)
     assert kinds(outcome) == {"shared sequence", "shared seed"}  # the seed with the other ego, which stays behind
-    assert outcome.data["pairs"][0]["one"] == victim
+    assert outcome.data[0]["samples"] == [victim, victim]
     assert victim in outcome.lines[0]
     with pytest.raises(DataError, match=f"{victim} is in both"):
         open_dataset(leaking.root)
@@ -63,12 +64,12 @@ def test_shared_seed_is_named(recording: Dataset, plant: Plant) -> None:
               "test": [*recording.splits["test"], other]}
     outcome = audit(data=str(plant("seed", splits).root), content=False)
     assert kinds(outcome) == {"shared seed"}
-    assert {outcome.data["pairs"][0]["one"], outcome.data["pairs"][0]["other"]} == {one, other}
+    assert set(outcome.data[0]["samples"]) == {one, other}
 
 
 def disguised(base: SequenceInfo) -> dict[str, object]:
     """Metadata under which a copy looks like another simulation."""
-    return {"id": "copy-1", "seed": 10**6, "simulation": "copy-1", "recording": "copy-1"}
+    return {"id": "copy-1", "seed": 10**6, "simulation": "copy-1", "recording": "copy-1", "route": "copy-1"}
 
 
 @pytest.mark.parametrize("damage", ["none", "lost cells", "other sensors"])
@@ -84,8 +85,8 @@ def test_near_duplicates_are_found_under_another_name(recording: Dataset, plant:
     leaking = plant(damage.replace(" ", "-"), extra=[("test", base, arrays, disguised(base))])
     outcome = audit(data=str(leaking.root))
     assert kinds(outcome) == {"near-duplicate frames"}
-    assert [(pair["one"], pair["other"]) for pair in outcome.data["pairs"]] == [(base.id, "copy-1")]
-    assert "of 510 bits" in outcome.data["pairs"][0]["detail"]
+    assert [leak["samples"] for leak in outcome.data] == [[base.id, "copy-1"]]
+    assert "of 510 bits" in outcome.data[0]["why"]
 
 
 def test_neighbouring_parts_of_one_recording_are_found(recording: Dataset, plant: Plant) -> None:
@@ -95,7 +96,7 @@ def test_neighbouring_parts_of_one_recording_are_found(recording: Dataset, plant
     touching = plant("touching", extra=[("val", base, quiet, {**later, "first_frame": 45})])
     outcome = audit(data=str(touching.root))
     assert kinds(outcome) == {"adjacent frames"}
-    assert "frames 0..39 and 45..84" in outcome.data["pairs"][0]["detail"]
+    assert "frames 0..39 and 45..84" in outcome.data[0]["why"]
     apart = plant("apart", extra=[("val", base, quiet, {**later, "first_frame": 60})])
     assert kinds(audit(data=str(apart.root))) == set()
 
@@ -115,10 +116,10 @@ def test_misused_samples_are_found(recording: Dataset, tmp_path: Path) -> None:
         paths[name].write_text(json.dumps(content))
     used = audit(data=root, content=False, against=[str(paths["calibration"])])
     assert kinds(used) == {"calibration sample"}
-    assert used.data["pairs"][0]["one"] == in_test
+    assert used.data[0]["samples"] == [in_test]
     judged = audit(data=root, content=False, against=[str(paths["evaluation"])])
     assert kinds(judged) == {"evaluation sample"}
-    assert judged.data["pairs"][0]["one"] == in_train
+    assert judged.data[0]["samples"] == [in_train]
     assert kinds(audit(data=root, content=False, against=[str(paths["on training"])])) == {"evaluation sample"}
     with pytest.raises(DataError, match="elsewhere/3"):
         audit(data=root, against=[str(paths["foreign"])])
@@ -145,7 +146,7 @@ def test_long_lists_are_cut_for_people_only(recording: Dataset, plant: Plant) ->
     outcome = audit(data=str(plant("many", splits).root), content=False, limit=2)
     assert len(outcome.lines) == 4
     assert outcome.lines[2].startswith("... and ")
-    assert outcome.data["leaks"] == len(outcome.data["pairs"]) >= len(recording.splits["train"])
+    assert len(outcome.data) >= len(recording.splits["train"])
 
 
 def test_simulations_that_differ_are_far_from_the_threshold(recording: Dataset) -> None:
@@ -176,8 +177,8 @@ def test_plain_arrays_are_compared_too(tmp_path: Path) -> None:
     for name, images, method in (("small", small, "equal content"), ("large", large, "pHash of images")):
         write_arrays(tmp_path / name, {"image": images}, splits, name=name)
         outcome = audit(data=str(tmp_path / name))
-        assert outcome.data["checked"]["hash"] == method
-        assert [(p["one"], p["other"]) for p in outcome.data["pairs"]] == [("train-0", "test-7")]
+        assert method in outcome.lines[-1]
+        assert [leak["samples"] for leak in outcome.data] == [["train-0", "test-7"]]
 
 
 def test_corrupt_datasets_are_refused(recording: Dataset, tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_two_recordings_with_one_seed_are_equal_and_leak_into_each_other(tmp_pat
     assert np.array_equal(foggy["occupancy"], clear["occupancy"])
     assert not np.array_equal(foggy["lidar_hit"], clear["lidar_hit"])
     leaking = plant("weather", extra=[
-        ("train", sequence, foggy, {"id": "foggy", "seed": 1, "simulation": "a", "recording": "a"}),
-        ("test", sequence, clear, {"id": "sunny", "seed": 2, "simulation": "b", "recording": "b"})])
+        ("train", sequence, foggy, {"id": "foggy", "seed": 1, "simulation": "a", "recording": "a", "route": "a"}),
+        ("test", sequence, clear, {"id": "sunny", "seed": 2, "simulation": "b", "recording": "b", "route": "b"})])
     outcome = audit(data=str(leaking.root))
-    assert [(p["one"], p["other"]) for p in outcome.data["pairs"]] == [("foggy", "sunny")]
+    assert [leak["samples"] for leak in outcome.data] == [["foggy", "sunny"]]

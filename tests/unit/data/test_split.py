@@ -66,8 +66,8 @@ def test_what_is_not_there_is_named(recording: Dataset, tmp_path: Path) -> None:
     root, out = str(recording.artifact.root), str(tmp_path / "x")
     with pytest.raises(DataError, match="no sequence has scenario 'moon'.*highway"):
         split(data=root, out=out, by="scenario", test_values=["moon"])
-    with pytest.raises(DataError, match="has no 'route' in its metadata.*weather"):
-        split(data=root, out=out, by="route")
+    with pytest.raises(DataError, match="has no 'continent' in its metadata.*weather"):
+        split(data=root, out=out, by="continent")
     with pytest.raises(DataError, match="'val' would be empty"):
         split(data=root, out=out, by="map_version")
     with pytest.raises(ConfigError, match="held out for both"):
