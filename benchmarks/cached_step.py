@@ -25,8 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from fmdeploy.distill.assemble import assemble
 from fmdeploy.distill.config import DistillConfig
-from fmdeploy.distill.distill import assemble, sources_of
+from fmdeploy.distill.sources import sources_of
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.train import train
 from fmdeploy.training.device import resolve_precision
@@ -64,7 +65,8 @@ def arms(home: Path, *, live: bool) -> dict[str, Run]:
 
 def _run(home: Path, name: str, inputs: dict[str, Path]) -> Run:
     config = DistillConfig(data=home / "data", out=home / name, labels=0.5, precision=resolve_precision("auto"),
-                           teacher=inputs.get("teacher"), features=inputs.get("features"))
+                           teacher=tuple(filter(None, [inputs.get("teacher")])),
+                           features=tuple(filter(None, [inputs.get("features")])))
     job = assemble(config, sources_of(config), folder=home / f"{name}-work", log=home / f"{name}.jsonl").job
     run = Run(job, config)
     run.model.train()

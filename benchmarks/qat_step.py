@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fmdeploy.artifact import open_artifact
 from fmdeploy.data.format import open_dataset
+from fmdeploy.distill.assemble import assemble
 from fmdeploy.distill.config import DistillConfig
-from fmdeploy.distill.distill import assemble, distill, sources_of
+from fmdeploy.distill.distill import distill
+from fmdeploy.distill.sources import sources_of
 from fmdeploy.models.saved import load_model
 from fmdeploy.quantize.calibrate import draw
 from fmdeploy.quantize.learned import training_quantizers
@@ -59,7 +61,7 @@ def main() -> None:
         train(data=home / "data", out=home / "teacher", steps=1)
         cache(teacher=home / "teacher", data=home / "data", out=home / "features")
         distill(data=home / "data", teacher=home / "teacher", features=home / "features", out=home / "student",
-                steps=2, student=options.student, alpha_features=0.0)
+                steps=2, student=options.student, loss=("labels=0.5", "logits=2"))
         with ExitStack() as stack:
             runs = {name: stack.enter_context(arm) for name, arm in arms(home, options.student).items()}
             report(measure(runs, options.runs), options.threads, options.student)
@@ -87,9 +89,9 @@ def arms(home: Path, student: str) -> dict[str, Any]:
 
 @contextmanager
 def _float_run(home: Path, name: str, student: str, *, taught: bool) -> Iterator[Run]:
-    teacher: dict[str, Any] = {"teacher": home / "teacher", "features": home / "features"} if taught else {}
-    config = DistillConfig(data=home / "data", out=home / name, student=student, alpha_features=0.0, **teacher,
-                           **CONFIG.model_dump())
+    teacher: dict[str, Any] = {"teacher": (home / "teacher",), "features": (home / "features",)} if taught else {}
+    config = DistillConfig(data=home / "data", out=home / name, student=student, loss=("labels=0.5", "logits=2"),
+                           **teacher, **CONFIG.model_dump())
     yield _ready(assemble(config, sources_of(config), folder=home / f"{name}-work", log=home / f"{name}.jsonl").job)
 
 

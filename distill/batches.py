@@ -1,24 +1,24 @@
-"""Batches of distillation: some samples with labels in front, then samples that only the teacher labels.
+"""Batches of distillation: some samples with labels in front, then samples that only the teachers label.
 
 Legend: B samples of one process's share, L of them labelled.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
+from fmdeploy.distill.augment import Augmentation, mine, pick
 from fmdeploy.distill.config import DistillConfig
+from fmdeploy.distill.resolution import reduced
 from fmdeploy.errors import ConfigError
-from fmdeploy.task import Samples, Task
+from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.teacher.features import CacheReader
-from fmdeploy.training.batches import mirrored
 from fmdeploy.training.distributed import world
 from fmdeploy.training.loop import Batch
-from fmdeploy.training.sampler import Index, mirror_mask, my_part, step_index
+from fmdeploy.training.sampler import Index, my_part, step_index
 
 LABELLED_STREAM = 1 << 20  # a seed of its own, so that the two orders are independent
 
@@ -27,24 +27,28 @@ LABELLED_STREAM = 1 << 20  # a seed of its own, so that the two orders are indep
 class DistillBatches:
     """One process's share of a step.
 
-    Kinds of arrays: `inputs` (B, ...), `targets` (L, ...), and from a cache `teacher` (B, ...); for a live teacher
-    instead `canonical`, the inputs before mirroring, and `mirror` with the mask (B,).
+    Kinds of arrays: `inputs` (B, ...), `targets` (L, ...), and from a cache `teacher0` (B, ...), `teacher1` and so on;
+    for live teachers instead `canonical`, the inputs before they are moved, and `geometry` with `flip` (B,) and
+    perhaps `box` (B, 4). In the first steps of a progressive run all but `canonical` is small, and `resolution` holds
+    the factor.
 
     Attributes:
-        task: Knows how to mirror.
+        task: Knows how to move maps.
         samples: The training samples.
         labelled: Numbers of those with labels.
         config: Batch size, shares, seed.
-        cache: The teacher's answers, if they are cached.
-        live: Whether a teacher answers during training.
+        caches: The answers of each teacher, if they are cached.
+        live: Whether teachers answer during training.
+        augmentation: How samples are moved.
     """
 
     task: Task
     samples: Samples
     labelled: Index
     config: DistillConfig
-    cache: CacheReader | None = None
+    caches: Sequence[CacheReader] = ()
     live: bool = False
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(flip=False))
 
     def __post_init__(self) -> None:
         pieces = world()[1] * self.config.accumulation
@@ -56,23 +60,35 @@ class DistillBatches:
     @property
     def num_labelled(self) -> int:
         """Labelled samples in a whole step's batch."""
-        if self.cache is None and not self.live:
+        if not self.caches and not self.live:
             return self.config.batch
-        return max(1, round(self.config.labelled_share * self.config.batch)) if len(self.labelled) else 0
+        if not len(self.labelled) or not self.config.weights().labels:
+            return 0
+        return max(1, round(self.config.labelled_share * self.config.batch))
+
+    def factor(self, step: int) -> int:
+        """By how much the maps of a step are reduced; 1: not."""
+        return self.config.progressive_factor if step < self.config.progressive * self.config.steps else 1
 
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
+        config = self.config
         index, labels = self._index(step, part)
-        mask = self._mine(mirror_mask(self.config.batch, seed=self.config.seed, step=step), part)
-        mask = mask if self.config.mirror else np.zeros_like(mask)
+        geometry = mine(self.augmentation.draw(config.batch, seed=config.seed, step=step), self.num_labelled, part,
+                        config.accumulation)
         inputs, targets = self.samples.batch(index)
-        batch: Batch = {"inputs": inputs, "targets": targets}
-        if self.cache is not None:
-            batch["teacher"] = self.cache.batch(index)
-        result = mirrored(self.task, batch, mask)
-        result["targets"] = {name: array[:labels] for name, array in result["targets"].items()}
+        batch: Batch = {"inputs": inputs, "targets": {name: array[:labels] for name, array in targets.items()}}
+        batch |= {f"teacher{number}": cache.batch(index) for number, cache in enumerate(self.caches)}
+        seen = {"targets": pick(geometry, slice(labels))}
+        result = {kind: _contiguous(self.task.transform(arrays, seen.get(kind, geometry)))
+                  for kind, arrays in batch.items()}
+        factor = self.factor(step)
+        if factor > 1:
+            result = {kind: reduced(arrays, factor, mean=kind == "inputs") for kind, arrays in result.items()}
         if self.live:
-            result |= {"canonical": inputs, "mirror": {"mask": mask}}
+            moved = {"flip": geometry.flip} | ({} if geometry.box_B4 is None else {"box": geometry.box_B4})
+            result |= {"canonical": inputs, "geometry": moved}
+            result |= {"resolution": {"factor": np.array(factor)}} if factor > 1 else {}
         return result
 
     def _index(self, step: int, part: int) -> tuple[Index, int]:
@@ -87,8 +103,6 @@ class DistillBatches:
             pieces.append(my_part(drawn, part, self.config.accumulation))
         return np.concatenate(pieces), len(pieces[0]) if count else 0
 
-    def _mine(self, mask: npt.NDArray[Any], part: int) -> npt.NDArray[Any]:
-        """The mask in the order of `_index`: the labelled samples' share, then the others'."""
-        count = self.num_labelled
-        pieces = [mask[:count], mask[count:]]
-        return np.concatenate([my_part(piece, part, self.config.accumulation) for piece in pieces if len(piece)])
+
+def _contiguous(arrays: Arrays) -> Arrays:
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}

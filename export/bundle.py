@@ -15,7 +15,7 @@ from fmdeploy.budgets import AccuracyBudget, Budgets, TargetBudget, read_budgets
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, DataError
-from fmdeploy.evaluate.subset import subset
+from fmdeploy.subset import subset
 from fmdeploy.export.card import model_card
 from fmdeploy.export.config import ExportConfig
 from fmdeploy.export.fp16 import QDQ_OPSET
@@ -27,7 +27,7 @@ from fmdeploy.export.variants import QDQ, Variants, write_variants
 from fmdeploy.export.verification import FILE, verify_tensorrt
 from fmdeploy.manifest import Kind
 from fmdeploy.models.outputs import predictor
-from fmdeploy.models.saved import RECIPE, load_model
+from fmdeploy.models.saved import RECIPE, load_model, require_heads
 from fmdeploy.progress import say
 from fmdeploy.quantize.calibrate import SPLIT, Calibration, CalibrationSet, draw, input_statistics, redraw
 from fmdeploy.quantize.placement import Placement, Request
@@ -93,7 +93,7 @@ def write_bundle(config: ExportConfig) -> Artifact:
 
 
 def _open(config: ExportConfig, artifact: Artifact, data: Dataset) -> Source:
-    loaded = load_model(artifact)
+    loaded = require_heads(load_model(artifact), artifact.root)
     task = loaded.task
     if artifact.kind is Kind.QUANTIZED:
         stored = load_quantized(artifact)

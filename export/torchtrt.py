@@ -16,13 +16,13 @@ from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, MissingError
-from fmdeploy.evaluate.subset import subset
+from fmdeploy.subset import subset
 from fmdeploy.export.config import ExportConfig
 from fmdeploy.export.parity import Predict, compare, outputs_of, require_parity
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
 from fmdeploy.models.outputs import predictor
-from fmdeploy.models.saved import RECIPE, LoadedModel, load_model
+from fmdeploy.models.saved import RECIPE, LoadedModel, load_model, require_heads
 from fmdeploy.optional import require
 from fmdeploy.progress import say
 from fmdeploy.quantize.build import tracing_example
@@ -59,7 +59,7 @@ def write_torch_engine(config: ExportConfig) -> Artifact:
 
 
 def _build(draft: Draft, config: ExportConfig, compiler: Any, artifact: Artifact, data: Dataset) -> None:
-    loaded = load_model(artifact)
+    loaded = require_heads(load_model(artifact), artifact.root)
     compiled = compile_half(compiler, loaded.module, loaded.task.io)
     samples = subset(loaded.task.samples(data, held_out_splits(data)[-1]), config.parity_samples)
     said = outputs_of(_on_gpu(compiled, loaded.task.io), samples, loaded.task)

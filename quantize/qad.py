@@ -2,8 +2,8 @@
 
 Batches and loss are those of `distill`: a few samples with labels, the others with the teacher's answers alone, from
 the cache where there is one. Which labels may be seen, and how the parts weigh, is what the student was distilled
-with. The teacher's features are left out: the projector that compared them was thrown away with the float training,
-and the quantised graph has no module that holds the student's map.
+with; of several teachers, one goes on. Losses between maps are left out: the projector that compared them was thrown
+away with the float training, and the quantised graph has no module that holds the student's map.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fmdeploy.artifact import Artifact
+from fmdeploy.distill.assemble import assemble
 from fmdeploy.distill.config import DistillConfig
-from fmdeploy.distill.distill import assemble, sources_of
+from fmdeploy.distill.losses.registry import LABELS, OUTPUT_LOSSES
+from fmdeploy.distill.sources import sources_of
 from fmdeploy.errors import ConfigError
 from fmdeploy.quantize.ptq import QuantisedStudent
 from fmdeploy.quantize.qat import Lesson
 from fmdeploy.training.config import TrainingConfig
 
-KEPT = ("labels", "label_seed", "labelled_share", "alpha_labels", "alpha_logits", "mirror")
+KEPT = ("labels", "label_seed", "labelled_share", "mirror", "augment")
 """Options of `distill` that the student keeps on learning with."""
 
 
@@ -43,8 +45,8 @@ def teaching(
         ArtifactError: the cache belongs to something else.
     """
     options = _options(student, config)
-    wanted = DistillConfig(data=data, out=data, teacher=teacher, features=features, task=task, alpha_features=0.0,
-                           **options)
+    wanted = DistillConfig(data=data, out=data, teacher=(teacher,), features=(features,) if features else (),
+                           task=task, **options)
     sources = sources_of(wanted)
     made = assemble(wanted, sources, folder=data, log=data, student=quantised.module)
     return Lesson(made.job.batch, made.job.losses)
@@ -57,4 +59,14 @@ def _options(student: Artifact, config: TrainingConfig) -> dict[str, Any]:
     if student.manifest.stage != "distill":
         raise ConfigError("was not made by distill, so that it is not known which labels it may see",
                           where=student.root, fix="Use --mode qat")
-    return common | {name: known[name] for name in KEPT if name in known}
+    return common | _losses(known) | {name: known[name] for name in KEPT if name in known}
+
+
+def _losses(known: dict[str, Any]) -> dict[str, Any]:
+    """The losses against labels and outputs, with their options; the task's own where the student had none."""
+    kept = {LABELS, *OUTPUT_LOSSES}
+    losses = [text for text in known.get("loss", ()) if text.partition("=")[0] in kept]
+    taught = any(text.partition("=")[0] in OUTPUT_LOSSES for text in losses)
+    used = {text.partition("=")[0] for text in losses} | set(known.get("augment", ()))
+    return {"loss": tuple(losses if taught else [*losses, "logits=2"]),
+            "set": tuple(text for text in known.get("set", ()) if text.partition(".")[0] in used)}

@@ -17,7 +17,7 @@ from fmdeploy.estimate.devices import device
 from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
 from fmdeploy.manifest import Kind, Parent
 from fmdeploy.models.outputs import predictor
-from fmdeploy.models.saved import RECIPE, WEIGHTS, LoadedModel, load_model
+from fmdeploy.models.saved import RECIPE, WEIGHTS, LoadedModel, load_model, require_heads
 from fmdeploy.quantize import calibrate
 from fmdeploy.quantize.config import QuantizeConfig
 from fmdeploy.quantize.layers import layer_sqnr
@@ -80,7 +80,8 @@ def _open(config: QuantizeConfig) -> Sources:
     require_same_data(student, data)
     teacher = open_artifact(config.teacher, Kind.TEACHER) if config.teacher else None
     features = open_artifact(config.features, Kind.FEATURES) if config.features else None
-    return Sources(student, data, load_model(student), _request(config), teacher, features)
+    loaded = require_heads(load_model(student), config.student)
+    return Sources(student, data, loaded, _request(config), teacher, features)
 
 
 def require_same_data(student: Artifact, data: Dataset) -> None:

@@ -1,137 +1,154 @@
-"""Reading a FEATURES artifact: logits and maps of the teacher by sample number, from memory maps.
+"""Reading a FEATURES artifact: one teacher's logits and maps by sample number, from memory maps.
 
-    features/00000.safetensors   one tensor a name, (samples of the shard, ...)
-    index.json                   what they were made from
+`CacheReader.open(..., teacher=T)` selects the sub-cache of T; several teachers are several readers over one artifact.
+Distillation needs `batch` (float arrays by name) and `shapes`; how arrays are stored is known to nobody else.
 
 Legend: B batch, S samples of one shard.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from fmdeploy.artifact import Artifact
-from fmdeploy.config import validate
-from fmdeploy.errors import ArtifactError
-from fmdeploy.manifest import canonical
+from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.task import Array, Arrays, Samples
-
-INDEX = "index.json"
-NUMPY = {"F16": np.float16, "F32": np.float32}
-
-
-class Address(BaseModel):
-    """What cached features depend on. Two equal addresses hold equal features."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    teacher: str
-    data: str
-    split: str
-    samples: str
-    preprocessing: str
-    layers: tuple[str, ...]
-    dtype: Literal["float16", "float32"]
-
-
-class Index(BaseModel):
-    """The content of `index.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    address: Address
-    num_samples: int
-    per_shard: int
-
-
-def digest_of_ids(samples: Samples) -> str:
-    """sha256 over the samples' names, in order."""
-    return hashlib.sha256(canonical(list(samples.ids))).hexdigest()
-
-
-def shard_name(number: int) -> str:
-    """Payload name of one shard."""
-    return f"features/{number:05d}.safetensors"
+from fmdeploy.teacher.caching.finish import cache_encodings
+from fmdeploy.teacher.caching.index import REBUILD, Cache, basis_name, digest_of_ids, read_index, shard_name
+from fmdeploy.teacher.caching.shardfile import map_noted
+from fmdeploy.teacher.caching.shardfile import map_safetensors as map_safetensors
+from fmdeploy.teacher.encodings.base import Encoding, stored_name
 
 
 @dataclass(frozen=True)
 class CacheReader:
-    """Random access to a cache.
+    """Random access to what one teacher said.
 
     Attributes:
-        index: What it holds.
-        shards: For each shard, name → (S, ...) array over the mapped file.
+        cache: What it holds: address, number of samples, arrays.
+        encodings: Name of an array (`bev`, `scene`, `feature.tokens`) → how it is stored.
+        shards: For each shard, stored name → (S, ...) array over the mapped file; encoded, see `batch`.
     """
 
-    index: Index
+    cache: Cache
+    encodings: Mapping[str, Encoding]
     shards: Sequence[Arrays]
 
     @classmethod
-    def open(cls, artifact: Artifact, *, teacher: Artifact, data: str, split: str, samples: Samples,
+    def open(cls, artifact: Artifact, *, teacher: Artifact | str, data: str, split: str, samples: Samples,
              preprocessing: str) -> CacheReader:
         """Map the shards of `artifact`, if they are what this teacher says about these samples.
 
         Args:
-            artifact: An opened (so verified) FEATURES.
-            teacher: The teacher the student learns from.
+            artifact: An opened (so verified) FEATURES; it may hold other teachers too.
+            teacher: The teacher the student learns from, or its digest.
             data: Digest of the dataset.
             split: Which split is trained on.
             samples: Its samples.
             preprocessing: Digest of the task's `io`.
 
         Raises:
-            ArtifactError: it was made from another teacher, dataset, split or preprocessing.
+            ArtifactError: it was made from another teacher, dataset, split or preprocessing; it is only a part; a
+                shard is not what the index says.
         """
-        index = validate(Index, artifact.json(INDEX), where=artifact.path(INDEX))
-        wanted = {"teacher": teacher.digest, "data": data, "split": split, "preprocessing": preprocessing,
-                  "samples": digest_of_ids(samples)}
+        digest = teacher if isinstance(teacher, str) else teacher.digest
+        cache = _chosen(artifact, digest)
+        wanted = {"data": data, "split": split, "preprocessing": preprocessing, "samples": digest_of_ids(samples)}
         for key, value in wanted.items():
-            if (found := getattr(index.address, key)) != value:
-                raise ArtifactError(
-                    f"the cache is stale or foreign: it was made from another {key}", where=artifact.root,
-                    expected=value[:12], found=found[:12], fix="Build it again: fmdeploy cache",
-                )
-        count = -(-index.num_samples // index.per_shard)
-        return cls(index, [map_safetensors(artifact.path(shard_name(number))) for number in range(count)])
+            _require(artifact, key, value, getattr(cache.address, key))
+        return cls.of(artifact, cache)
+
+    @classmethod
+    def of(cls, artifact: Artifact, cache: Cache) -> CacheReader:
+        """Map one sub-cache, whoever its teacher is.
+
+        Raises:
+            ArtifactError: a shard is not what the index says.
+        """
+        key = cache.address.key
+        try:
+            encodings = cache_encodings(artifact.root / basis_name(key), cache)
+        except ConfigError as error:
+            raise ArtifactError(f"is stored in a way that this version cannot read: {error}", where=artifact.root,
+                                fix=REBUILD) from error
+        return cls(cache, encodings, [_shard(artifact, cache, encodings, n) for n in range(cache.num_shards)])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of one sample's decoded array, without the batch axis."""
+        return {name: encoding.shape for name, encoding in self.encodings.items()}
+
+    def __len__(self) -> int:
+        return self.cache.num_samples
 
     def batch(self, index: Array) -> Arrays:
-        """Arrays (B, ...) of the samples `index` (B,), copied out of the maps shard by shard."""
-        shard_B, row_B = np.divmod(index, self.index.per_shard)
-        result = {name: np.empty((len(index), *array.shape[1:]), array.dtype) for name, array in self.shards[0].items()}
-        for number in np.unique(shard_B):
-            mine = np.flatnonzero(shard_B == number)
-            for name, array in self.shards[number].items():
-                result[name][mine] = array[row_B[mine]]
-        return result
+        """Decoded arrays (B, ...) of the samples `index` (B,): `bev`, `scene`, `feature.<layer>` and the like.
+
+        Logits come back as logits and features as maps (B, D, h, w), float16 where that is what is stored, else
+        float32. The arrays are the caller's: writable, C-ordered and nobody else's.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        if len(index) and not 0 <= index.min() <= index.max() < len(self):
+            raise IndexError(f"samples {index.min()} … {index.max()} of {len(self)}")
+        places = [divmod(number, self.cache.address.per_shard) for number in index.tolist()]
+        return {name: self._decoded(name, encoding, places) for name, encoding in self.encodings.items()}
+
+    def _decoded(self, name: str, encoding: Encoding, places: Sequence[tuple[int, int]]) -> Array:
+        return encoding.decode({part: self._gather(stored_name(name, part), places) for part in encoding.parts()})
+
+    def _gather(self, name: str, places: Sequence[tuple[int, int]]) -> Array:
+        """Rows of the mapped shards, each copied once."""
+        columns = [shard[name] for shard in self.shards]
+        found = np.empty((len(places), *columns[0].shape[1:]), columns[0].dtype)
+        for at, (shard, row) in enumerate(places):
+            found[at] = columns[shard][row]
+        return found
 
 
-def map_safetensors(path: Path) -> Arrays:
-    """Arrays over the memory-mapped safetensors file at `path`, read-only.
+def _chosen(artifact: Artifact, teacher: str) -> Cache:
+    index = read_index(artifact)
+    if index.share is not None:
+        raise ArtifactError("is only a part of a feature cache", where=artifact.root, expected="all shards",
+                            found=f"{index.share.number}/{index.share.of}", fix="Join the parts: fmdeploy cache-merge")
+    digests = [cache.address.teacher for cache in index.caches]
+    if teacher not in digests:
+        _require(artifact, "teacher", teacher, ", ".join(digest[:12] for digest in digests))
+    return index.caches[digests.index(teacher)]
 
-    `safetensors` itself copies each tensor it returns; random rows of many gigabytes must not be.
+
+def _require(artifact: Artifact, key: str, wanted: str, found: str) -> None:
+    if wanted != found:
+        raise ArtifactError(
+            f"the cache is stale or foreign: it was made from another {key}", where=artifact.root,
+            expected=wanted[:12], found=found if key == "teacher" else found[:12], fix=REBUILD,
+        )
+
+
+def _shard(artifact: Artifact, cache: Cache, encodings: Mapping[str, Encoding], number: int) -> Arrays:
+    """The mapped arrays of one shard, held against the index.
 
     Raises:
-        ArtifactError: the header does not fit the file.
+        ArtifactError: it belongs elsewhere, lacks an array, has one of another type or shape, or a scale is not finite.
     """
-    with path.open("rb") as stream:
-        view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    size = int.from_bytes(view[:8], "little")
-    header: dict[str, Any] = json.loads(view[8 : 8 + size])
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        dtype, shape, (start, end) = np.dtype(NUMPY[entry["dtype"]]), entry["shape"], entry["data_offsets"]
-        if 8 + size + end > len(view) or end - start != dtype.itemsize * int(np.prod(shape)):
-            raise ArtifactError(f"the header of {name} does not fit the file", where=path)
-        flat = np.frombuffer(view, dtype, count=int(np.prod(shape)), offset=8 + size + start)
-        found[name] = flat.reshape(shape)
-    return found
+    path = artifact.path(shard_name(cache.address.key, number))
+    arrays, note = map_noted(path)
+    found = (note["key"], note["shard"])
+    if found != (cache.address.key, number):
+        raise ArtifactError("is a shard of another cache", where=path, fix=REBUILD,
+                            expected=f"{cache.address.key} shard {number}", found=f"{found[0]} shard {found[1]}")
+    for name, encoding in encodings.items():
+        for part, (dtype, shape) in encoding.parts().items():
+            key, wanted = stored_name(name, part), (dtype, (cache.rows(number), *shape))
+            if key not in arrays or (arrays[key].dtype, arrays[key].shape) != wanted:
+                raise ArtifactError(
+                    f"{key} is not what the index says", where=path, expected=f"{dtype}{list(wanted[1])}", fix=REBUILD,
+                    found=f"{arrays[key].dtype}{list(arrays[key].shape)}" if key in arrays else "none",
+                )
+            if part in encoding.guarded and not np.isfinite(arrays[key]).all():
+                raise ArtifactError(f"{key} holds a number that is not finite", where=path, fix=REBUILD)
+    return arrays

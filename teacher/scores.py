@@ -3,6 +3,7 @@
     evaluation.{safetensors,json}   per-sample statistics on the test split
     validation.{safetensors,json}   the same on the validation split
     examples.safetensors            outputs for a few test samples
+    calibration_guard.json          calibration error and event frequencies on the test split, as it was recorded
     curve.json                      losses over the steps, for plots
 """
 
@@ -16,9 +17,12 @@ from fmdeploy.data.format import Dataset
 from fmdeploy.draft import Draft
 from fmdeploy.evaluate.evaluation import Evaluation, evaluate
 from fmdeploy.evaluate.examples import save_examples
+from fmdeploy.evaluate.frequency import calibration_guard
+from fmdeploy.evaluate.metrics import CalibrationError
 from fmdeploy.task import Arrays, Metric, Task
 
 EVALUATIONS = {"val": "validation", "test": "evaluation"}
+GUARD = "calibration_guard.json"
 CURVE_POINTS = 400
 
 
@@ -35,11 +39,14 @@ def write_scores(
         if not data.splits.get(split):
             continue
         samples = task.samples(data, split)
-        evaluation = evaluate(predict, samples, task.metrics(), data=f"{data.digest}:{split}")
+        evaluation = evaluate(predict, samples, (*task.metrics(), *task.events()), data=f"{data.digest}:{split}")
         evaluation.save(draft, name)
         found[split] = metric_values(evaluation, task.metrics())
         if split == "test":
             save_examples(draft, predict, samples)
+            if task.events():
+                errors = [metric for metric in task.metrics() if isinstance(metric, CalibrationError)]
+                draft.write_json(GUARD, calibration_guard(evaluation, errors, task.events()))
     return found
 
 

@@ -19,22 +19,24 @@ from fmdeploy.manifest import Kind
 from fmdeploy.models import num_parameters
 from fmdeploy.models.saved import LoadedModel, load_model, save_model
 from fmdeploy.provenance import source_digest
-from fmdeploy.task import Samples, Task, load_task
+from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.objectives.collapse import naming_checkpoint
 from fmdeploy.teacher.objectives.pretraining import Pretraining, PretrainingBatches
 from fmdeploy.teacher.objectives.registry import choose
 from fmdeploy.teacher.objectives.store import save_objectives
+from fmdeploy.teacher.probe.curve import ProbeCurve
 from fmdeploy.teacher.scores import write_curve, write_scores
 from fmdeploy.teacher.sizes import TeacherSizes
 from fmdeploy.teacher.view import TeacherView
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import resolve_precision, together
-from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.log import parse_log
 from fmdeploy.training.loop import Job, fit
+from fmdeploy.training.mixture.options import MixtureConfig, mix, open_replay, replay_inputs
+from fmdeploy.training.sampler import Index
 
 
-class TeacherConfig(TeacherSizes, TrainingConfig):
+class TeacherConfig(TeacherSizes, MixtureConfig, TrainingConfig):
     """How the teacher is trained. Sizes that are not given are the task's own, or those of `init`."""
 
     data: InputPath = Field(description="DATASET")
@@ -46,11 +48,14 @@ class TeacherConfig(TeacherSizes, TrainingConfig):
     init: InputPath | None = Field(default=None, description="TEACHER to start from, such as a pre-trained one")
     labels: float = Field(default=1.0, gt=0, le=1, description="share of the train simulations whose labels are used")
     label_seed: int = Field(default=0, ge=0, description="which simulations those are")
+    probe_every: int = Field(default=0, ge=0, description="steps between cheap probes on val; 0: none")
 
     @model_validator(mode="after")
     def _agree(self) -> TeacherConfig:
         if self.init is not None and self.sizes():
             raise ValueError(f"sizes are those of --init: leave out {', '.join(self.sizes())}")
+        if self.probe_every and self.sharding != "none":
+            raise ValueError("probe_every needs the whole network in each process: leave out sharding")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -66,11 +71,12 @@ class Start:
     data: Dataset
     init: Artifact | None = None
     loaded: LoadedModel | None = None
+    replay: tuple[Dataset, ...] = ()
 
     def inputs(self) -> dict[str, Artifact]:
         """Roles of the artifacts, for the manifest."""
         given = {"data": self.data.artifact, "init": self.init}
-        return {role: artifact for role, artifact in given.items() if artifact is not None}
+        return {role: a for role, a in given.items() if a is not None} | replay_inputs(self.replay)
 
     def module(self, config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]]:
         """A fresh teacher, or the one to start from; and the options that build it again."""
@@ -100,26 +106,29 @@ def train(config: TeacherConfig) -> Artifact:
 
 def _start(config: TeacherConfig) -> Start:
     choose(config.objective, config.set)  # a typing error is told before anything is opened
-    task, data = load_task(config.task), open_dataset(config.data)
+    task, data, replay = load_task(config.task), open_dataset(config.data), open_replay(config)
     if config.init is None:
-        return Start(task, data)
+        return Start(task, data, replay=replay)
     init = open_artifact(config.init, Kind.TEACHER)
     loaded = load_model(init)
     if loaded.recipe.task != config.task:
         raise ConfigError("the teacher to start from was made for another task", where=config.init,
                           expected=config.task, found=loaded.recipe.task)
-    return Start(task, data, init, loaded)
+    return Start(task, data, init, loaded, replay)
 
 
 def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
     with together():
         module, options = start.module(config)
-        samples = start.task.samples(start.data, "train")
         torch.manual_seed(config.seed)
         whole = Pretraining(start.task, module, choose(config.objective, config.set), steps=config.steps)
-        index = labelled_index(samples, config.labels, config.label_seed) if config.labels < 1 else None
-        batches = PretrainingBatches(start.task, samples, config, tuple(whole.each().values()), index)
-        job = Job("teacher", whole, batches, losses=lambda model, batch: model(batch), after_step=whole.after_step,
+        mixture = mix(config, start.task, start.data, start.replay, config.seed, labels=whole.trains_heads)
+        index = mixture.labelled(config.labels, config.label_seed)
+        batches = PretrainingBatches(start.task, mixture, config, tuple(whole.each().values()), index)
+        curve = ProbeCurve.of(start.task, start.data, module, every=config.probe_every, steps=config.steps,
+                              folder=draft.path("work/probes"))
+        job = Job("teacher", whole, batches, losses=lambda model, batch: model(batch),
+                  after_step=curve.after(whole.after_step) if curve else whole.after_step,
                   folder=draft.path("work/teacher"), log=draft.path("log.jsonl"))
         with naming_checkpoint(job.folder):
             timing = fit(job, config)
@@ -130,10 +139,11 @@ def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
             save_model(draft, module, task=config.task, role="teacher", name="", options=options, heads=heads)
             save_objectives(draft, whole)
             write_curve(draft, parse_log(draft.path("log.jsonl")))
-            used = len(samples) if index is None else len(index)
+            if curve:
+                curve.write(draft)
             draft.write_json("metrics.json", {
                 "params": num_parameters(module), "objective": whole.weights,
-                **(_supervision(samples, used) if whole.trains_heads else {}),
+                **(_supervision(len(mixture.samples), index) if whole.trains_heads else {}),
                 **(write_scores(draft, _logits(module, start.task, config), start.task, start.data) if heads else {}),
             })
 
@@ -142,5 +152,6 @@ def _logits(module: nn.Module, task: Task, config: TeacherConfig) -> Any:
     return TeacherView(module, task.io, (), config.precision).logits
 
 
-def _supervision(samples: Samples, used: int) -> dict[str, Any]:
-    return {"labels": {"fraction": round(used / len(samples), 6), "samples": used, "of": len(samples)}}
+def _supervision(total: int, index: Index | None) -> dict[str, Any]:
+    used = total if index is None else len(index)
+    return {"labels": {"fraction": round(used / total, 6), "samples": used, "of": total}}

@@ -24,7 +24,7 @@ from fmdeploy.artifact import Artifact, entry_of, open_artifact, payload_files
 from fmdeploy.config import StageConfig
 from fmdeploy.environment import describe_environment
 from fmdeploy.errors import ArtifactError, NoSpaceError
-from fmdeploy.manifest import MANIFEST_NAME, SCHEMA_VERSION, Kind, Manifest, read_manifest, request_key
+from fmdeploy.manifest import MANIFEST_NAME, SCHEMA_VERSION, Kind, Manifest, Parent, read_manifest, request_key
 from fmdeploy.progress import say
 
 KEY_NAME = ".key"
@@ -70,7 +70,7 @@ def produce(
     *,
     stage: str,
     config: StageConfig,
-    inputs: Mapping[str, Artifact],
+    inputs: Mapping[str, Artifact | Parent],
     build: Callable[[Draft], None],
     resumable: bool = False,
 ) -> Artifact:
@@ -81,7 +81,7 @@ def produce(
         kind: What is written.
         stage: Name of the stage, as in the manifest.
         config: Its configuration; `config.resolved()` goes into the manifest.
-        inputs: Role → opened parent.
+        inputs: Role → opened parent, or what a manifest says of it where only that is at hand.
         build: Fills the draft. Under `torchrun` every rank calls it; only `draft.is_main` writes common files.
         resumable: Keep the scratch folder when the stage is interrupted after it has written something.
 
@@ -92,7 +92,7 @@ def produce(
     out = Path(os.path.abspath(out))
     if out == Path.cwd():
         raise ArtifactError("is the current folder, which cannot be replaced", where=out, fix="Name a new --out")
-    parents = {role: artifact.parent() for role, artifact in sorted(inputs.items())}
+    parents = {role: found if isinstance(found, Parent) else found.parent() for role, found in sorted(inputs.items())}
     resolved = config.resolved()
     key = request_key(kind, stage, resolved, parents)
     if (done := _finished(out, kind, key)) is not None:

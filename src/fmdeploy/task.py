@@ -91,6 +91,8 @@ class Task(ABC):
     panel_legend: str = ""
     frames: int = 1
     """Moments of the past in one sample's inputs."""
+    weighs_samples: bool = False
+    """Whether `loss` weighs samples by `targets["sample_weight"]` (B,), float32, where it is there."""
 
     @property
     @abstractmethod
@@ -100,6 +102,10 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> tuple[Metric, ...]:
         """The first is the primary one: budgets and retention speak of it."""
+
+    def events(self) -> tuple[Metric, ...]:
+        """Events whose predicted frequency is held against the observed one (evaluate/frequency.py). Default: none."""
+        return ()
 
     @abstractmethod
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:

@@ -4,7 +4,8 @@ The backbone is given one sensor at a time, the others' channels zero, so that i
 features (arXiv:1807.03748; two towers with one learned temperature: CLIP, arXiv:2103.00020). Keys come from a momentum
 copy and stay in a queue, because a batch is small (MoCo, arXiv:1911.05722). Besides the whole frame, each token is
 compared with the tokens of other frames at its own place (after DenseCL, arXiv:2011.09157): a pooled vector alone can
-match frames by a few coarse cues, and leaves the places of things out.
+match frames by a few coarse cues, and leaves the places of things out. The frame with all its sensors is one more
+query, so that the backbone also meets the input that it will be used with.
 
 Legend: B samples of this process, M keys of all processes and the queue, S sensors, Q places of the queue, N tokens,
 D embedding, P width of a projection.
@@ -26,7 +27,7 @@ from fmdeploy.errors import ConfigError
 from fmdeploy.models import input_list
 from fmdeploy.models.tokens import backbone_of
 from fmdeploy.task import Arrays, Samples, Task
-from fmdeploy.teacher.objectives.base import Objective, ObjectiveConfig
+from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.collapse import CollapseConfig, CollapseMonitor
 from fmdeploy.teacher.objectives.contrastive_queue import KeyQueue, gather, info_nce, strangers
 from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy
@@ -43,10 +44,11 @@ class ContrastiveConfig(CollapseConfig):
 
     width: int = Field(default=64, ge=2, description="numbers in a projection of a frame")
     hidden: int = Field(default=256, ge=2, description="width of the projection heads")
-    queue: int = Field(default=256, ge=0, description="frames whose keys serve as further negatives; 0: the batch alone")
+    queue: int = Field(default=256, ge=0, description="frames whose keys are further negatives; 0: the batch alone")
     keep: float = Field(default=0.98, ge=0, lt=1, description="share of the old weights that the key encoder keeps")
     temperature: float = Field(default=0.1, gt=0.01, le=1, description="first value; it is learned")
     tokens: float = Field(default=1.0, ge=0, description="weight of the comparison token by token; 0 leaves it out")
+    fused: bool = Field(default=True, description="let the frame with all sensors look for every sensor's key, too")
     token_width: int = Field(default=32, ge=2, description="numbers in a projection of a token")
 
 
@@ -95,8 +97,8 @@ class Contrastive(Objective):
 
     def __init__(self, task: Task, teacher: nn.Module, config: ContrastiveConfig, *, steps: int) -> None:
         super().__init__(task, teacher, config, steps=steps)
-        backbone = backbone_of(teacher, where=f"objective {self.name}")
         self.sensors = sensors_of(task)
+        backbone = backbone_of(teacher, where=f"objective {self.name}")
         self.projector = Projector(backbone.dim, config)
         self.target = MovingCopy(Encoder(backbone, self.projector))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
@@ -113,15 +115,16 @@ class Contrastive(Objective):
 
     def losses(self, teacher: nn.Module, batch: Tensors) -> Losses:
         """See `Objective.losses`."""
-        views = [self._alone(batch["inputs"], sensor) for sensor in self.sensors]
+        alone = [self._alone(batch["inputs"], sensor) for sensor in self.sensors]
+        views = [*alone, input_list(self.task.io, batch["inputs"])] if self.config.fused else alone
         backbone = backbone_of(teacher, where=f"objective {self.name}")
-        state_SBND = backbone.tokens(*_stacked(views)).unflatten(0, (len(views), -1))
-        for state_BND in state_SBND:
+        states = backbone.tokens(*_stacked(views)).chunk(len(views))
+        for state_BND in states:
             self.monitor.see(state_BND[:, 1:])
-        queries = [self.projector(state_BND) for state_BND in state_SBND]
-        frame, token = self.target(_stacked(views))
-        keys_SMP = _gathered(frame.unflatten(0, (len(views), -1)))
-        tokens_SMNP = None if token is None else _gathered(token.unflatten(0, (len(views), -1)))
+        queries = [self.projector(state_BND) for state_BND in states]
+        frame, token = self.target(_stacked(alone))
+        keys_SMP = _gathered(frame.chunk(len(alone)))
+        tokens_SMNP = None if token is None else _gathered(token.chunk(len(alone)))
         group_B = batch[KIND]["group"]
         group_M = gather(group_B)
         self._note(keys_SMP, tokens_SMNP, group_M)
@@ -131,9 +134,9 @@ class Contrastive(Objective):
         self, queries: list[tuple[Tensor, Tensor | None]], keys_SMP: Tensor, tokens_SMNP: Tensor | None,
         groups: tuple[Tensor, Tensor],
     ) -> Losses:
-        """InfoNCE of every sensor's queries against every other sensor's keys, mean over the pairs."""
+        """InfoNCE of every sensor's queries (and the whole frame's) against every other's keys, mean over the pairs."""
         scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
-        pairs = [(a, b) for a in range(len(queries)) for b in range(len(queries)) if a != b]
+        pairs = [(a, b) for a in range(len(queries)) for b in range(len(self.sensors)) if a != b]
         found: dict[str, list[Tensor]] = {"frame": [], "token": []}
         for a, b in pairs:
             keys_MP, where = _with_queue(keys_SMP[b], self.queue, b, groups)
@@ -192,9 +195,9 @@ def _stacked(views: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*views, strict=True)]
 
 
-def _gathered(keys_SBP: Tensor) -> Tensor:
-    """Keys (S, M, ...) of all processes."""
-    return torch.stack([gather(keys_BP) for keys_BP in keys_SBP])
+def _gathered(keys: Sequence[Tensor]) -> Tensor:
+    """Keys (S, M, ...) of all processes, from this one's (B, ...) of each sensor."""
+    return torch.stack([gather(keys_BP) for keys_BP in keys])
 
 
 def _with_queue(

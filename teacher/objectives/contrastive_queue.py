@@ -35,7 +35,7 @@ def info_nce(query_BP: Tensor, keys_MP: Tensor, positive_B: Tensor, allowed_BM: 
 
 
 def strangers(group_B: Tensor, groups_M: Tensor) -> Tensor:
-    """bool (B, M): keys that may be negatives: of another simulation, and not an empty place of the queue.
+    """Which keys may be negatives, bool (B, M): those of another simulation; never an empty place of the queue.
 
     Neighbouring frames of one simulation show nearly the same scene: to push them apart would teach the wrong thing.
     """

@@ -2,8 +2,8 @@
 
 The grid is the ego's own, with up meaning ahead, so views are not turned by right angles. A *global* view is the
 whole grid, zoomed, shifted and turned a little. A *local* view is one too, of which only a window of tokens is seen
-(the rest of the grid is blank and stays out of the transformer). The student sees its views degraded: one sensor missing,
-cells lost, and, in global ones, patches hidden. The teacher sees the global views whole.
+(the rest of the grid is blank and stays out of the transformer). The student sees its views degraded: one sensor
+missing, cells lost, and, in global ones, patches hidden. The teacher sees the global views whole.
 
 All of it is drawn in numpy from one generator a sample (`draw_views`) and applied on the device (`Views`).
 
@@ -83,10 +83,9 @@ def _affine(config: ViewConfig, rng: Generator) -> Array:
 
 
 def _blocks(rng: Generator, side: int, share: float) -> Array:
-    """bool (N,): rectangles until at least `share` of the patches are hidden, then the surplus is shown again.
+    """Hidden patches, bool (N,): rectangles until at least `share` are hidden, then the surplus is shown again.
 
-    In blocks (arXiv:2106.08254, section 2.3), because a single hidden patch can be read off its neighbours. The number is
-    always the same, so that a loss over hidden patches needs no count from other processes.
+    In blocks (arXiv:2106.08254, section 2.3), because a single hidden patch can be read off its neighbours.
     """
     wanted = round(share * side * side)
     mask = np.zeros((side, side), bool)
@@ -146,9 +145,9 @@ class Views:
                 for number, x in enumerate(self.whole[view])]
 
     def _cells(self, tokens_BN: Tensor) -> Tensor:
-        """bool (B, 1, H, W) of cells from bool (B, N) of tokens."""
+        """Cells, bool (B, 1, H, W), from tokens, bool (B, N)."""
         side = round(tokens_BN.shape[1] ** 0.5)
-        grid = tokens_BN.unflatten(1, (1, side, side))
+        grid = tokens_BN.reshape(-1, 1, side, side)
         return grid.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
 
 

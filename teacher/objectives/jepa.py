@@ -26,6 +26,7 @@ from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.collapse import CollapseConfig, CollapseMonitor
 from fmdeploy.teacher.objectives.masking import Index, arrays_of, block_masks, context_size
 from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, places, rows_at
+from fmdeploy.training.distributed import sum_over_ranks
 from fmdeploy.training.loop import Losses, Tensors
 
 KIND = "jepa"
@@ -91,7 +92,7 @@ class Jepa(Objective):
         """Layer-normed features (B, N, D) of everything, by the moving average."""
         tokens_BND = self.target.tokens(*input_list(self.task.io, inputs))[:, 1:].float()
         self.monitor.see(tokens_BND)
-        return F.layer_norm(tokens_BND, tokens_BND.shape[-1:])
+        return standardised(tokens_BND)
 
     def _miss(self, state_BKD: Tensor, context_BK: Tensor, asked_BM: Tensor, wanted_BND: Tensor) -> Tensor:
         """The loss of one block: it is asked alone, so that blocks tell nothing about each other."""
@@ -108,6 +109,19 @@ class Jepa(Objective):
         """Move the target towards the backbone, and look whether it still tells inputs apart."""
         follow(self.target, backbone_of(teacher, where=self.name), self.decay_at(step))
         return self.monitor.report(step)
+
+
+def standardised(tokens_BND: Tensor) -> Tensor:
+    """Layer-normed features (B, N, D), of which each place's mean over the batch of all processes is taken away first.
+
+    With conv features on a fixed grid most of a token says where it is, not what is there: a predictor that knows the
+    place alone has nearly no loss, and the features shrink towards it (measured, docs/objectives.md). A single sample
+    has no mean worth taking away.
+    """
+    count = sum_over_ranks(tokens_BND.new_tensor(float(len(tokens_BND))))
+    mean_ND = sum_over_ranks(tokens_BND.sum(0)) / count
+    centred_BND = tokens_BND - mean_ND * (count > 1)
+    return F.layer_norm(centred_BND, tokens_BND.shape[-1:])
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.teacher.objectives.base import Objective, ObjectiveConfig
 from fmdeploy.teacher.objectives.masking import Index, arrays_of, random_parts
 from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, patches_of, places, rows_at
+from fmdeploy.teacher.objectives.prior import PlacePrior
 from fmdeploy.training.loop import Losses, Tensors
 
 BEV = "bev"
@@ -40,14 +41,15 @@ class MaeConfig(ObjectiveConfig):
     """Options of `mae`."""
 
     masked: tuple[str, ...] = Field(default=(), description="bev, names of inputs; empty: all of them")
-    ratio: float = Field(default=0.6, gt=0, lt=1, description="share of the tokens dropped when `bev` is masked")
-    sensor_ratio: float = Field(default=0.25, gt=0, lt=1, description="share of the tokens, for each masked input")
+    ratio: float = Field(default=0.5, gt=0, lt=1, description="share of the tokens dropped when `bev` is masked")
+    sensor_ratio: float = Field(default=0.35, gt=0, lt=1, description="share of the tokens, for each masked input")
     width: int = Field(default=96, ge=4, description="width of the decoder")
     depth: int = Field(default=1, ge=1, description="its blocks")
     heads: int = Field(default=4, ge=1, description="its attention heads")
-    loss: Literal["auto", "bce", "mse"] = Field(default="auto", description=(
-        "of a reconstructed cell; auto: bce for named planes between 0 and 1, else mse of patches normalised"))
-    positive: float = Field(default=3.0, gt=0, description="weight of a cell that is 1, for bce")
+    loss: Literal["auto", "mse", "bce", "patch"] = Field(default="auto", description=(
+        "mse and bce: deviation from what stands there on average, each channel alike; patch: MAE's normalised pixels;"
+        " auto: mse for named channels, else patch"))
+    positive: float = Field(default=1.0, gt=0, description="weight of a cell that is 1, for bce")
 
     @model_validator(mode="after")
     def _distinct(self) -> MaeConfig:
@@ -71,14 +73,14 @@ class MaskedReconstruction(Objective):
         check_grid({name: spec.shape for name, spec in self.specs.items()}, self.side, where=self.name)
         self.counts = self._counts()
         self.decoder = Predictor(backbone.dim, self.side, width=config.width, depth=config.depth, heads=config.heads)
-        self.heads = nn.ModuleDict({
-            name: nn.Linear(config.width, self._patch_size(spec))
-            for name, spec in self.specs.items() if BEV in self.counts or name in self.counts
-        })
+        rebuilt = {name: spec for name, spec in self.specs.items() if BEV in self.counts or name in self.counts}
+        self.heads = nn.ModuleDict({name: nn.Linear(config.width, spec.shape[0] * self._cells(spec))
+                                    for name, spec in rebuilt.items()})
+        self.priors = nn.ModuleDict({name: PlacePrior(self.num_tokens, spec.shape[0], self._cells(spec))
+                                     for name, spec in rebuilt.items() if self.loss_of(name) != "patch"})
 
-    def _patch_size(self, spec: TensorSpec) -> int:
-        channels, height, width = spec.shape
-        return channels * (height // self.side) * (width // self.side)
+    def _cells(self, spec: TensorSpec) -> int:
+        return (spec.shape[1] // self.side) * (spec.shape[2] // self.side)
 
     def _counts(self) -> dict[str, int]:
         """Hidden tokens of each way, disjoint; what is left goes through the transformer untouched."""
@@ -120,8 +122,8 @@ class MaskedReconstruction(Objective):
         found: Losses = {}
         for name, head in self.heads.items():
             hidden_BM = self._hidden(name, masks)
-            target_BMF = rows_at(patches_of(inputs[name], self.side), hidden_BM)
-            found[name] = self._distance(name, head(rows_at(filled_BNE, hidden_BM)).float(), target_BMF.float())
+            predicted_BMF = head(rows_at(filled_BNE, hidden_BM)).float()
+            found[name] = self._distance(name, predicted_BMF, patches_of(inputs[name], self.side).float(), hidden_BM)
         return {name: value / len(found) for name, value in found.items()}
 
     def _hidden(self, name: str, masks: dict[str, Tensor]) -> Tensor:
@@ -129,18 +131,25 @@ class MaskedReconstruction(Objective):
         ways = [masks[way] for way in (BEV, name) if way in self.counts]
         return torch.cat([*ways, masks["keep"][:, :0]], dim=1)
 
-    def _distance(self, name: str, predicted_BMF: Tensor, target_BMF: Tensor) -> Tensor:
+    def _distance(self, name: str, predicted_BMF: Tensor, patches_BNF: Tensor, hidden_BM: Tensor) -> Tensor:
+        """The loss of one input's hidden patches; `patches_BNF` are the true ones, of all places."""
+        if self.loss_of(name) == "patch":  # arXiv:2111.06377, section 4.1, reconstruction target
+            wanted_BMF = rows_at(patches_BNF, hidden_BM)
+            return F.mse_loss(predicted_BMF, F.layer_norm(wanted_BMF, wanted_BMF.shape[-1:]))
+        prior: PlacePrior = self.priors[name]  # type: ignore[assignment]
+        channels, cells = prior.mean_NCQ.shape[1:]
+        prior.see(patches_BNF.reshape(len(patches_BNF), -1, channels, cells))
+        wanted_BMCQ = rows_at(patches_BNF, hidden_BM).reshape(*hidden_BM.shape, channels, cells)
+        predicted_BMCQ = predicted_BMF.reshape(*hidden_BM.shape, channels, cells)
         if self.loss_of(name) == "bce":
-            positive = predicted_BMF.new_tensor(self.config.positive)
-            return F.binary_cross_entropy_with_logits(predicted_BMF, target_BMF, pos_weight=positive)
-        return F.mse_loss(predicted_BMF, F.layer_norm(target_BMF, target_BMF.shape[-1:]))
+            return prior.entropy(predicted_BMCQ, wanted_BMCQ, hidden_BM, self.config.positive)
+        return prior.squared(predicted_BMCQ, wanted_BMCQ, hidden_BM)
 
-    def loss_of(self, name: str) -> Literal["bce", "mse"]:
+    def loss_of(self, name: str) -> str:
         """How the cells of input `name` are judged."""
-        spec = self.specs[name]
         if self.config.loss != "auto":
             return self.config.loss
-        return "bce" if spec.value_range == (0.0, 1.0) and spec.channels else "mse"
+        return "mse" if self.specs[name].channels else "patch"
 
 
 def in_order(rows_BND: Tensor, places_BN: Tensor) -> Tensor:

@@ -35,10 +35,12 @@ class Block(nn.Module):
 
     def _attend(self, joint: Tensor, hidden_LL: Tensor) -> Tensor:
         """Plain products: with few tokens on a CPU their backward pass is faster than the fused kernel's."""
-        query, key, value = joint.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        count, length = joint.shape[:2]
+        query, key, value = joint.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         weight = score.float().masked_fill(hidden_LL, float("-inf")).softmax(-1).to(value.dtype)
-        return (weight @ value).transpose(1, 2).flatten(2)
+        read_BLE: Tensor = (weight @ value).transpose(1, 2).flatten(2)
+        return read_BLE
 
 
 class NextCodes(nn.Module):

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.models.tokens import backbone_of
-from fmdeploy.task import Samples, Task
+from fmdeploy.task import Task
 from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.registry import Choice
 from fmdeploy.training.batches import mirrored
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch, Losses, Tensors
-from fmdeploy.training.sampler import Index, Sampler, make_sampler, mirror_mask, my_part
+from fmdeploy.training.mixture.options import WEIGHT, Mixture
+from fmdeploy.training.sampler import Index, Sampler, mirror_mask, my_part
 
 OBJECTIVE_STREAM = 0x6F62
 
@@ -90,14 +91,14 @@ class PretrainingBatches:
 
     Attributes:
         task: Knows how to mirror.
-        samples: The training samples.
+        mixture: The training samples, and how often each is seen.
         config: Batch size, parts, seed and whether to mirror.
         objectives: Asked for more arrays.
         index: Numbers of the samples that may be used; None: all.
     """
 
     task: Task
-    samples: Samples
+    mixture: Mixture
     config: TrainingConfig
     objectives: Sequence[Objective]
     index: Index | None = None
@@ -105,18 +106,20 @@ class PretrainingBatches:
     @cached_property
     def sampler(self) -> Sampler:
         """The order of the samples."""
-        return make_sampler(self.samples, self.config.batch, self.config.seed, self.index)
+        return self.mixture.sampler(self.config.batch, self.config.seed, self.index)
 
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
         config = self.config
         chosen = my_part(self.sampler.index(step), part, config.accumulation)
         mask = my_part(mirror_mask(config.batch, seed=config.seed, step=step), part, config.accumulation)
-        inputs, targets = self.samples.batch(chosen)
+        inputs, targets = self.mixture.samples.batch(chosen)
+        if (weights := self.mixture.weights(chosen)) is not None:
+            targets = {**targets, WEIGHT: weights}
         batch: Batch = {"inputs": inputs, "targets": targets}
         fixed: Batch = {}
         for objective, rngs in self._draws(step, part):
-            for kind, arrays in objective.arrays(self.samples, chosen, rngs).items():
+            for kind, arrays in objective.arrays(self.mixture.samples, chosen, rngs).items():
                 target = fixed if kind in objective.unmirrored else batch
                 if kind in batch or kind in fixed:
                     raise ConfigError("two objectives make the same kind of array", where=objective.name, found=kind)

@@ -18,7 +18,8 @@ from fmdeploy.errors import ConfigError
 from fmdeploy.training.distributed import sum_over_ranks, world
 
 DEAD = 0.01  # share of the mean use below which a code is dead
-REBORN = 0.2  # share of the mean use that a restarted code begins with: some 150 updates to prove itself
+REBORN = 0.05  # share of the mean use that a restarted code begins with: some 80 updates to prove itself
+NEAR = 0.01  # mean square distance, of vectors of unit variance, below which a code of its own is not worth it
 EPSILON = 1e-6
 
 
@@ -41,7 +42,8 @@ class Codebook(nn.Module):
 
     It has no parameters. What a step assigned is summed up in `forward` and taken in by `update`, once an optimiser
     step, so parts and processes of a batch count as one. A code that is hardly used is restarted at a vector of the
-    step that is badly represented: drawn with the distance as weight, as in k-means++.
+    step that is badly represented: drawn with the distance as weight, as in k-means++. Never where there is a code
+    already: of two codes in one place either may be nearest, and what they stand for would change hands by rounding.
 
     Args:
         codes: K.
@@ -56,10 +58,10 @@ class Codebook(nn.Module):
     def __init__(self, codes: int, dim: int, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("codebook_KD", torch.randn(codes, dim) * 0.1)
+        self.register_buffer("codebook_KD", torch.randn(codes, dim))
         self.register_buffer("count_K", torch.zeros(codes))
         self.register_buffer("sum_KD", torch.zeros(codes, dim))
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # counts, sums, candidates for a restart
 
     def nearest(self, z_BGD: Tensor) -> Tensor:
         """Numbers int64 (B, G) of the codes nearest to float32 vectors; the first of equally near ones."""
@@ -91,7 +93,7 @@ class Codebook(nn.Module):
         mass_BG = error_BG.cumsum(1)
         place_B = torch.searchsorted(mass_BG, mass_BG[:, -1:] * draw_B[:, None]).clamp_(max=error_BG.shape[1] - 1)
         chosen_BD = z_BGD.gather(1, place_B[..., None].expand(-1, 1, z_BGD.shape[-1]))[:, 0]
-        self._parts.append((count_K, sum_KD, chosen_BD))
+        self._parts.append((count_K, sum_KD, torch.cat((chosen_BD, error_BG.gather(1, place_B)), dim=1)))
 
     @torch.no_grad()
     def update(self, *, restart: bool) -> dict[str, Tensor]:
@@ -110,12 +112,19 @@ class Codebook(nn.Module):
         self.sum_KD.lerp_(sum_KD, 1 - self.decay)
         used_K = self.count_K > EPSILON
         self.codebook_KD[used_K] = self.sum_KD[used_K] / self.count_K[used_K, None]
-        restarted = self._restart(_of_all_ranks([chosen_BD for _, _, chosen_BD in parts])) if restart else 0
+        restarted = self._restart(_of_all_ranks([chosen for _, _, chosen in parts])) if restart else 0
         return {"perplexity": perplexity(count_K), "restarted": torch.tensor(float(restarted), device=count_K.device)}
 
-    def _restart(self, chosen_VD: Tensor) -> int:
-        """Put dead codes, the least used first, to the vectors `chosen_VD`; how many that were."""
-        mean = self.count_K.mean()
+    def _restart(self, candidate_VX: Tensor) -> int:
+        """Put dead codes, the least used first, to the worthy of the candidates; how many that were.
+
+        Args:
+            candidate_VX: (V, D + 1) vectors, and the squared distance of each to its code.
+        """
+        mean, (all_VD, error_V) = self.count_K.mean(), (candidate_VX[:, :-1], candidate_VX[:, -1])
+        close_VV = (all_VD[:, None] - all_VD[None]).square().mean(-1) < NEAR
+        worthy_V = (error_V > NEAR * all_VD.shape[1]) & ~close_VV.tril(-1).any(1)
+        chosen_VD = all_VD[worthy_V]
         count = min(len(chosen_VD), int((self.count_K < DEAD * mean).sum()))
         dead = self.count_K.argsort(stable=True)[:count]
         self.codebook_KD[dead] = chosen_VD[:count]
@@ -149,7 +158,8 @@ class FrameVAE(nn.Module):
         self.planes, self.grid, self.side = planes, grid, size // grid
         cells = planes * self.side**2
         self.encoder = nn.Sequential(
-            nn.Linear(cells, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim))
+            nn.Linear(cells, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim),
+            nn.LayerNorm(dim, elementwise_affine=False))
         self.book = Codebook(codes, dim, decay)
         self.decoder = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, cells))
@@ -173,7 +183,8 @@ class FrameVAE(nn.Module):
     def table(self) -> Tensor:
         """Probabilities (K, C, P) of the cells of each code's square, row by row."""
         with torch.no_grad(), torch.autocast(self.book.codebook_KD.device.type, enabled=False):
-            return torch.sigmoid(self.decoder(self.book.codebook_KD)).unflatten(1, (self.planes, -1))
+            logits: Tensor = self.decoder(self.book.codebook_KD)
+            return torch.sigmoid(logits).view(len(logits), self.planes, -1)
 
     def picture(self, square_BGX: Tensor) -> Tensor:
         """Pictures (B, C, H, W) from squares (B, G, C * P), for any number C of planes."""

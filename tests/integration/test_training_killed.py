@@ -67,7 +67,7 @@ def _num_lines(partial: Path) -> int:
 
 
 def _num_shards(partial: Path) -> int:
-    return len(list(partial.glob("features/[0-9]*.safetensors")))
+    return len(list(partial.glob("features/*/[0-9]*.safetensors")))
 
 
 def _kill(verb: list[str], options: dict[str, Any], done: Callable[[Path], int], moment: int) -> None:

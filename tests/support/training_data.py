@@ -24,15 +24,15 @@ class _Scenes(StageConfig):
     sequences: int
 
 
-def write_scenes(out: Path, *, seed: int = 0, sequences: int = 16) -> Artifact:
+def write_scenes(out: Path, *, seed: int = 0, sequences: int = 16, per_shard: int = 64) -> Artifact:
     """A DATASET of `sequences` sequences of 16 frames, two a simulation: 3/4 train, 1/8 val, 1/8 test."""
     config = _Scenes(seed=seed, sequences=sequences)
     return produce(out, Kind.DATASET, stage="data scenes", config=config, inputs={},
-                   build=lambda draft: _build(draft, seed, sequences))
+                   build=lambda draft: _build(draft, seed, sequences, per_shard))
 
 
-def _build(draft: Draft, seed: int, sequences: int) -> None:
-    writer, names = DatasetWriter(draft), [f"s{number:03d}" for number in range(sequences)]
+def _build(draft: Draft, seed: int, sequences: int, per_shard: int) -> None:
+    writer, names = DatasetWriter(draft, per_shard=per_shard), [f"s{number:03d}" for number in range(sequences)]
     for number, name in enumerate(names):
         metadata = {"scenario": SCENES[number % 8], "weather": "clear", "seed": number // 2,
                     "simulation": f"{seed}-{number // 2}"}

@@ -15,9 +15,11 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,10 +74,47 @@ class Dataset:
         found = self._shard[1].get(sequence.id)
         if found is None:
             raise DataError(f"lacks the sequence {sequence.id}", where=self.artifact.path(sequence.shard))
-        if bad := [k for k, v in found.items() if v.shape[:1] != (sequence.frames,)]:
-            raise DataError(f"{sequence.id}: {bad[0]} has another length", where=self.artifact.path(sequence.shard),
-                            expected=sequence.frames, found=found[bad[0]].shape)
+        self._check_lengths(sequence, {name: array.shape for name, array in found.items()})
         return found
+
+    def glances(
+        self, sequences: Sequence[SequenceInfo], wanted: Callable[[str], bool]
+    ) -> Iterator[tuple[SequenceInfo, Layout, Arrays]]:
+        """Each sequence, the layout of all its arrays, and those that are `wanted` by name; a shard at a time.
+
+        Raises:
+            DataError: a shard does not hold what the index says, or cannot be read.
+        """
+        for shard, group in groupby(sequences, key=lambda sequence: sequence.shard):
+            members = list(group)
+            found = dict(_look(self.artifact.path(shard), [s.id for s in members], wanted))
+            for sequence in members:
+                layout, arrays = self._known(found, sequence)
+                self._check_lengths(sequence, {name: shape for name, (_, shape) in layout.items()})
+                yield sequence, layout, arrays
+
+    def joined(self, sequences: Sequence[SequenceInfo], names: Collection[str]) -> Arrays:
+        """The arrays `names` of sequences of one shard, one sequence behind the other; safe in any thread.
+
+        Raises:
+            DataError: the shard does not hold what the index says, or cannot be read.
+        """
+        path = self.artifact.path(sequences[0].shard)
+        found = dict(_look(path, [s.id for s in sequences], names.__contains__))
+        parts = [self._known(found, sequence)[1] for sequence in sequences]
+        if lost := [name for name in names if any(name not in part for part in parts)]:
+            raise DataError(f"lacks the array {lost[0]}", where=path)
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    def _known(self, found: Mapping[str, tuple[Layout, Arrays]], sequence: SequenceInfo) -> tuple[Layout, Arrays]:
+        if sequence.id not in found:
+            raise DataError(f"lacks the sequence {sequence.id}", where=self.artifact.path(sequence.shard))
+        return found[sequence.id]
+
+    def _check_lengths(self, sequence: SequenceInfo, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if bad := [name for name, shape in shapes.items() if shape[:1] != (sequence.frames,)]:
+            raise DataError(f"{sequence.id}: {bad[0]} has another length", where=self.artifact.path(sequence.shard),
+                            expected=sequence.frames, found=shapes[bad[0]])
 
 
 def open_dataset(root: Path | str) -> Dataset:
@@ -125,16 +164,46 @@ def read_shard(path: Path) -> dict[str, Arrays]:
     Raises:
         DataError: the tar or one of its members cannot be read.
     """
+    return {name: arrays for name, (_, arrays) in _look(path, None, lambda name: True)}
+
+
+Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+"""Name of an array → its dtype and shape."""
+
+
+def _look(
+    path: Path, ids: Collection[str] | None, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, tuple[Layout, Arrays]]]:
+    """Of every sequence of a shard (or of those in `ids`) the layout of its arrays, and the arrays that are wanted."""
+    known = None if ids is None else frozenset(ids)
     try:
         with tarfile.open(path, "r:") as tar:
-            return {Path(name).stem: arrays for name, arrays in _npz_members(tar)}
-    except (tarfile.TarError, zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+            for name, npz in _npz_members(tar, known):
+                arrays = {key: npz[key] for key in npz.files if wanted(key)}
+                # Arrays that nobody wants are not unpacked: their first bytes say what they are.
+                layout = {key: (arrays[key].dtype, arrays[key].shape) if key in arrays else _header(npz, key)
+                          for key in npz.files}
+                yield name, (layout, arrays)
+    except (tarfile.TarError, zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
         raise DataError(f"cannot be read as a shard: {error}", where=path) from error
 
 
-def _npz_members(tar: tarfile.TarFile) -> Iterator[tuple[str, Arrays]]:
+def _header(npz: Any, key: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    with npz.zip.open(f"{key}.npy") as stream:
+        if np.lib.format.read_magic(stream) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{key} is an object array")
+    return dtype, shape
+
+
+def _npz_members(tar: tarfile.TarFile, ids: Collection[str] | None) -> Iterator[tuple[str, Any]]:
     for member in tar:
         if not member.isfile() or not member.name.endswith(".npz"):
+            continue
+        if ids is not None and Path(member.name).stem not in ids:
             continue
         if member.size > MAX_MEMBER_BYTES:
             raise ValueError(f"{member.name} is larger than {MAX_MEMBER_BYTES} bytes")
@@ -143,7 +212,7 @@ def _npz_members(tar: tarfile.TarFile) -> Iterator[tuple[str, Arrays]]:
         content = stream.read()
         _bound_unpacked(content, member.name)
         with np.load(io.BytesIO(content), allow_pickle=False) as npz:
-            yield member.name, {key: npz[key] for key in npz.files}
+            yield Path(member.name).stem, npz
 
 
 def _bound_unpacked(content: bytes, name: str) -> None:

@@ -155,7 +155,7 @@ class SoftIoU(IoU):
 
 @dataclass
 class Accuracy(Metric):
-    """Share of samples whose largest logit is the label. Statistics: (correct, count)."""
+    """Share of samples whose largest logit is the label; a label below 0 is unknown. Statistics: (correct, count)."""
 
     name: str = "accuracy"
     output: str = "scene"
@@ -164,9 +164,10 @@ class Accuracy(Metric):
     def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
         """Return (B, 2): 1 where correct, and 1; NaN where a logit is not finite."""
         logits_BC = np.asarray(outputs[self.output], np.float32)
-        correct = (logits_BC.argmax(axis=-1) == targets[self.target]).astype(np.float64)
+        label_B = np.asarray(targets[self.target])
+        correct = (logits_BC.argmax(axis=-1) == label_B).astype(np.float64)
         correct[~np.isfinite(logits_BC).all(axis=-1)] = np.nan
-        return np.stack([correct, np.ones_like(correct)], axis=1)
+        return np.stack([correct, label_B >= 0], axis=1).astype(np.float64)
 
     def value(self, total: Array) -> Array:
         """Return correct / count."""
@@ -183,7 +184,7 @@ class Reliability:
 
 
 @dataclass
-class _CalibrationError(Metric):
+class CalibrationError(Metric):
     """Expected calibration error over equal-width bins of confidence, arXiv 1706.04599 equation 3.
 
     ECE = sum_m n_m / n * |mean confidence_m - mean outcome_m|. Statistics: per bin count, sum of confidence, sum of
@@ -204,7 +205,7 @@ class _CalibrationError(Metric):
 
 
 @dataclass
-class ECE(_CalibrationError):
+class ECE(CalibrationError):
     """Calibration error of per-cell probabilities: the confidence is p = sigmoid(logit), the outcome the label."""
 
     name: str = "ece"
@@ -220,7 +221,7 @@ class ECE(_CalibrationError):
 
 
 @dataclass
-class TopLabelECE(_CalibrationError):
+class TopLabelECE(CalibrationError):
     """Calibration error of a classifier: the confidence is the largest softmax probability, the outcome being right."""
 
     name: str = "scene_ece"
@@ -229,9 +230,9 @@ class TopLabelECE(_CalibrationError):
 
     def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
         """Return (B, 3M) with exactly one prediction a sample."""
-        chances_BC = softmax(outputs[self.output])
-        correct = chances_BC.argmax(axis=-1) == targets[self.target]
-        return _binned(chances_BC.max(axis=-1)[:, None], correct[:, None])
+        chances_BC, label_B = softmax(outputs[self.output]), np.asarray(targets[self.target])
+        correct = chances_BC.argmax(axis=-1) == label_B
+        return _binned(chances_BC.max(axis=-1)[:, None], correct[:, None]) * (label_B >= 0)[:, None]
 
 
 def _binned(confidence_BN: npt.NDArray[np.float32], outcome_BN: npt.NDArray[np.bool_]) -> Array:

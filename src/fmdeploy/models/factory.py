@@ -17,6 +17,7 @@ from torch import nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.iospec import IOSpec
+from fmdeploy.task import Task
 
 Options = Mapping[str, Any]
 Builders = Mapping[str, Callable[[Options], nn.Module]]
@@ -48,6 +49,26 @@ def make_student(name: str, options: Options, io: IOSpec, built_in: Builders) ->
         raise ConfigError(f"cannot be built: {error}", where=f"student {name!r}", found=dict(options)) from error
     known = ", ".join([*built_in, "hf:FOLDER", "timm:NAME", "module:callable"])
     raise ConfigError("no such student", where=f"student {name!r}", expected=known)
+
+
+def make_teacher(task: Task, name: str, options: Options) -> nn.Module:
+    """A fresh teacher: the task's own, or one around an imported backbone.
+
+    Args:
+        task: What goes in and out.
+        name: Empty for the task's own; `hf:` for a backbone whose configuration is in `options`.
+        options: Sizes.
+
+    Raises:
+        ConfigError: unknown name or options.
+    """
+    if not name:
+        return task.teacher(options)
+    if name == "hf:":
+        from fmdeploy.models.imported import imported_teacher
+
+        return imported_teacher(options, task.io)
+    raise ConfigError("no such teacher", where=f"teacher {name!r}", expected="the task's own, or hf:")
 
 
 def _call(name: str, options: Options) -> nn.Module:

@@ -14,7 +14,9 @@ from torch import nn
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import validate
 from fmdeploy.draft import Draft
-from fmdeploy.errors import ModelFileError
+from fmdeploy.errors import ConfigError, ModelFileError
+from fmdeploy.models.additions import Addition, add, additions_of
+from fmdeploy.models.factory import make_teacher
 from fmdeploy.models.outputs import num_parameters
 from fmdeploy.task import Task, load_task
 
@@ -35,6 +37,8 @@ class Recipe(BaseModel):
     io_digest: str
     heads: bool = True
     """Whether the outputs were trained; a backbone that was only pre-trained has features alone."""
+    added: tuple[Addition, ...] = ()
+    """Parts that were merged into it and stay parts of their own: bottleneck adapters, visual prompts."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,14 @@ def save_model(
         module: Its state is saved, contiguous, on the CPU.
         task: As given to `load_task`.
         role: Which factory of the task builds it.
-        name: The student's name; empty for a teacher.
+        name: The student's name; empty for a task's own teacher, `hf:` for an imported one.
         options: What the factory was given. A module with an attribute `rebuild` (name and options) says itself:
             the built-in ones name all their sizes, so that a new default does not orphan old artifacts.
         heads: Whether its outputs were trained.
     """
     name, chosen = getattr(module, "rebuild", (name, dict(options)))
     recipe = Recipe(task=task, role=role, name=name, options=chosen, parameters=num_parameters(module),
-                    io_digest=load_task(task).io.digest, heads=heads)
+                    io_digest=load_task(task).io.digest, heads=heads, added=additions_of(module))
     state = {key: value.detach().to("cpu").contiguous().clone() for key, value in module.state_dict().items()}
     save_file(state, draft.path(WEIGHTS))
     draft.write_json(RECIPE, recipe.model_dump(mode="json"))
@@ -85,10 +89,26 @@ def load_model(artifact: Artifact) -> LoadedModel:
             expected=task.io.digest[:12], found=recipe.io_digest[:12], fix="Train it again",
         )
     with torch.random.fork_rng(devices=[]):
-        module = task.teacher(recipe.options) if recipe.role == "teacher" else task.student(recipe.name, recipe.options)
+        if recipe.role == "teacher":
+            module = make_teacher(task, recipe.name, recipe.options)
+        else:
+            module = task.student(recipe.name, recipe.options)
+        add(module, recipe.added)
     try:
         module.load_state_dict(load_file(artifact.path(WEIGHTS)))
     except RuntimeError as error:
         reason = str(error).replace("\n", " ")[:300]
         raise ModelFileError(f"weights do not fit the network: {reason}", where=artifact.path(WEIGHTS)) from error
     return LoadedModel(task, recipe, module.eval())
+
+
+def require_heads(loaded: LoadedModel, where: object) -> LoadedModel:
+    """`loaded`, where its outputs were trained.
+
+    Raises:
+        ConfigError: it was trained by features alone.
+    """
+    if not loaded.recipe.heads:
+        raise ConfigError("was trained by features alone: its outputs mean nothing yet", where=where,
+                          fix=f"Train its heads: fmdeploy distill --init {where}, with labels or a teacher's logits")
+    return loaded

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmdeploy.data.format import Dataset
+from fmdeploy.evaluate.frequency import frequencies
 from fmdeploy.evaluate.metrics import ECE, Accuracy, DrivableIoU, OccupancyIoU, SoftIoU, TopLabelECE, horizon_metrics
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.task import Array, Arrays, Geometry, Metric, Samples, Task, ValueT
@@ -45,6 +46,7 @@ class BevOccupancy(Task):
     teacher_layer = "tokens"
     student_layer = "trunk"
     frames = len(FRAMES)
+    weighs_samples = True
     panel_legend = (
         "64 m around the ego (blue), driving up. Vehicles now red, in 0.4 s orange, in 0.8 s yellow, in 1.6 s green, "
         "fading with the probability; road grey. Inputs: lidar hits red on free space, camera vehicles orange."
@@ -60,6 +62,10 @@ class BevOccupancy(Task):
         horizons = horizon_metrics(HORIZONS)
         return (OccupancyIoU(), *horizons, DrivableIoU(), SoftIoU(), ECE(), Accuracy("scene_accuracy"), TopLabelECE())
 
+    def events(self) -> tuple[Metric, ...]:
+        """A cell being occupied at each horizon, or drivable."""
+        return frequencies("bev", "bev", (*HORIZONS, "drivable"))
+
     def samples(self, data: Dataset, split: str) -> Samples:
         """Fifteen samples a sequence, at 2.5 Hz."""
         return BevSamples.of(data, split)
@@ -72,14 +78,13 @@ class BevOccupancy(Task):
             targets: `bev` (B, 5, 64, 64) in {0, 1} and `scene` (B,).
         """
         import torch
-        from torch.nn.functional import cross_entropy
 
-        from fmdeploy.training.losses import soft_dice, weighted_bce
+        from fmdeploy.training.losses import class_loss, soft_dice, weighted_bce
 
-        logits_BCHW, labels_BCHW = outputs["bev"], targets["bev"].float()
-        bce = weighted_bce(logits_BCHW, labels_BCHW, POSITIVE, PLANE_WEIGHT)
-        dice = soft_dice(torch.sigmoid(logits_BCHW), labels_BCHW)
-        return bce + DICE_WEIGHT * dice + SCENE_WEIGHT * cross_entropy(outputs["scene"], targets["scene"].long())
+        logits_BCHW, labels_BCHW, weight_B = outputs["bev"], targets["bev"].float(), targets.get("sample_weight")
+        bce = weighted_bce(logits_BCHW, labels_BCHW, POSITIVE, PLANE_WEIGHT, weight_B)
+        dice = soft_dice(torch.sigmoid(logits_BCHW), labels_BCHW, weight_B)
+        return bce + DICE_WEIGHT * dice + SCENE_WEIGHT * class_loss(outputs["scene"], targets["scene"], weight_B)
 
     def distillation_loss(self, outputs: dict[str, Tensor], teacher_outputs: dict[str, Tensor]) -> Tensor:
         """KL to the teacher's probabilities plus batch Dice to them: exactly zero where the logits are equal."""

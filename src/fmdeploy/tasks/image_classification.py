@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fmdeploy.errors import ConfigError
+from fmdeploy.evaluate.frequency import frequencies
 from fmdeploy.evaluate.metrics import Accuracy, TopLabelECE
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.task import Metric, Task
@@ -38,6 +39,7 @@ class ImageClassification(Task):
     num_classes: int = 10
     value_range: tuple[float, float] = (0.0, 1.0)
     preprocessing: str = "pixels scaled to the value range"
+    weighs_samples = True
 
     @property
     def io(self) -> IOSpec:
@@ -50,11 +52,15 @@ class ImageClassification(Task):
         """Accuracy, and the calibration error of the top label."""
         return Accuracy(output="logits", target="label"), TopLabelECE("ece", output="logits", target="label")
 
+    def events(self) -> tuple[Metric, ...]:
+        """Each class."""
+        return frequencies("logits", "label", [str(k) for k in range(self.num_classes)])
+
     def loss(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
         """Cross entropy of logits (B, classes) against labels (B,)."""
-        from torch.nn.functional import cross_entropy
+        from fmdeploy.training.losses import class_loss
 
-        return cross_entropy(outputs["logits"], targets["label"].long())
+        return class_loss(outputs["logits"], targets["label"], targets.get("sample_weight"))
 
     def distillation_loss(self, outputs: dict[str, Tensor], teacher_outputs: dict[str, Tensor]) -> Tensor:
         """KL divergence at temperature 2 (arXiv:1503.02531)."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch
-from fmdeploy.training.sampler import mirror_mask, my_part, step_index
+from fmdeploy.training.sampler import Sampler, make_sampler, mirror_mask, my_part
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,15 @@ class SupervisedBatches:
     samples: Samples
     config: TrainingConfig
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        """The order of the samples."""
+        return make_sampler(self.samples, self.config.batch, self.config.seed)
+
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
         config = self.config
-        index = step_index(len(self.samples), config.batch, seed=config.seed, step=step)
+        index = self.sampler.index(step)
         mask = mirror_mask(config.batch, seed=config.seed, step=step)
         inputs, targets = self.samples.batch(my_part(index, part, config.accumulation))
         batch: Batch = {"inputs": inputs, "targets": targets}

@@ -41,16 +41,30 @@ def cpu_has_bf16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
 
 
-def make_accelerator(precision: Precision) -> Any:
+def make_accelerator(precision: Precision, sharding: Any = None) -> Any:
     """A fresh `accelerate.Accelerator` for this process, also under `torchrun`.
 
     Its state is a process-wide singleton that refuses a second precision: two stages in one process need a reset.
     The process group is kept. Without a GPU `cpu` must be said: accelerate would then start a process group under
     `torchrun`, call itself undistributed, and neither average gradients nor wait at barriers.
+
+    Args:
+        precision: Of the forward pass.
+        sharding: An accelerate plugin for fully sharded training (`training.sharding`); None: replicated.
     """
     accelerate = require("accelerate")
-    accelerate.state.AcceleratorState._reset_state()
-    return accelerate.Accelerator(mixed_precision=MIXED[precision], cpu=not torch.cuda.is_available())
+    state, kinds = accelerate.state, accelerate.DistributedType
+    state.AcceleratorState._reset_state()
+    shared = state.PartialState._shared_state
+    if shared.get("distributed_type") == kinds.FSDP:  # left by an earlier stage of this process
+        shared["distributed_type"] = kinds.MULTI_GPU
+    # The gradients lie in the buckets that are sent, which saves a copy each way.
+    handlers = [accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    made = accelerate.Accelerator(mixed_precision=MIXED[precision], cpu=not torch.cuda.is_available(),
+                                  fsdp_plugin=sharding, kwargs_handlers=handlers)
+    if sharding is not None and made.distributed_type == kinds.MULTI_CPU:  # it ignores the plugin there; torch does not
+        made.state.distributed_type, made.state.fsdp_plugin = kinds.FSDP, sharding
+    return made
 
 
 def unwrap(accelerator: Any, wrapped: torch.nn.Module, model: torch.nn.Module) -> None:
@@ -81,8 +95,6 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(was_training)
-
-
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fmdeploy.training.sharding import mine
+
 
 class WeightAverage:
     """Moving average of parameters and of floating-point buffers such as BatchNorm's statistics.
@@ -22,15 +24,15 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the state after `step` (0 for the first)."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        mine: list[Tensor] = []
+        ours: list[Tensor] = []
         theirs: list[Tensor] = []
         for name, value in model.state_dict().items():
             if value.is_floating_point():
-                mine.append(self.values[name])
-                theirs.append(value)
+                ours.append(mine(self.values[name]))
+                theirs.append(mine(value))
             else:
                 self.values[name].copy_(value)
-        torch._foreach_lerp_(mine, theirs, 1 - keep)
+        torch._foreach_lerp_(ours, theirs, 1 - keep)
 
     def copy_to(self, model: nn.Module) -> None:
         """Put the average into `model`."""

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up and cosine, clipping, mixed precision, accumulation, averaging, checkpoints.
+"""The training loop: AdamW, warm-up and decay, clipping, mixed precision, accumulation, averaging, checkpoints.
 
 A run is a function of its configuration alone. Every random choice is keyed by (seed, step), so a run that was
 killed goes on from its last checkpoint to the very same weights, and two processes compute what one would.
@@ -7,7 +7,6 @@ killed goes on from its last checkpoint to the very same weights, and two proces
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fmdeploy.arrays import Arrays
-from fmdeploy.errors import InputError
+from fmdeploy.errors import ConfigError, InputError
 from fmdeploy.progress import Bar, progress
 from fmdeploy.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from fmdeploy.training.config import TrainingConfig
@@ -27,8 +26,12 @@ from fmdeploy.training.distributed import mean_over_ranks, share_batch_norm, wor
 from fmdeploy.training.ema import WeightAverage
 from fmdeploy.training.loader import Prefetcher
 from fmdeploy.training.log import StepLog
-from fmdeploy.training.schedule import learning_rate, make_optimizer
+from fmdeploy.training.schedule import learning_rate, make_optimizer, set_rate
+from fmdeploy.training.sharding import Shards, flag_kept, sharding_plugin, whole
+from fmdeploy.training.timing import TIMING_LOG, Stopwatch
+from fmdeploy.training.timing import Timing as Timing
 from fmdeploy.training.validation import BestState, Validation
+from fmdeploy.training.watch import LossWatch
 
 Batch = dict[str, Arrays]  # such as {"inputs": {...}, "targets": {...}}, every array (B, ...)
 Tensors = dict[str, dict[str, Tensor]]  # the same on the device
@@ -37,7 +40,7 @@ FLUSH_EVERY = 10  # steps between looks at the loss: a GPU would have to wait fo
 
 
 class DivergedError(InputError):
-    """The loss or its gradient became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite, or the loss grew and stayed there."""
 
 
 @dataclass(frozen=True)
@@ -66,31 +69,6 @@ class Job:
     after_step: Callable[[int], Mapping[str, Tensor]] | None = None
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long a run took; not part of an artifact's identity.
-
-    Attributes:
-        steps: Steps done by this process run (a resumed one did the others before).
-        seconds: Wall clock of those.
-        waited_s: Of it, waiting for data.
-        judged: Steps done and validation score, in order; empty where nothing was judged.
-        best_step: Steps done when the state that stays was reached; the last one where nothing was judged.
-    """
-
-    steps: int
-    seconds: float
-    waited_s: float
-    judged: tuple[tuple[int, float], ...] = ()
-    best_step: int = 0
-
-    def as_note(self) -> dict[str, float]:
-        """Numbers for the environment part of a manifest."""
-        share = self.waited_s / self.seconds if self.seconds else 0.0
-        rate = self.steps / self.seconds if self.seconds else 0.0
-        return {"steps": self.steps, "steps_per_s": round(rate, 3), "data_wait_share": round(share, 4)}
-
-
 def fit(job: Job, config: TrainingConfig) -> Timing:
     """Train `job.model` for `config.steps` steps, from the last checkpoint in `job.folder` if there is one.
 
@@ -98,7 +76,8 @@ def fit(job: Job, config: TrainingConfig) -> Timing:
     a validation, the best ones that it saw.
 
     Raises:
-        DivergedError: the loss is not finite; the last good checkpoint stays.
+        ConfigError: it cannot be sharded here.
+        DivergedError: the loss is not finite, or grew and stayed there; the last good checkpoint stays.
     """
     return Run(job, config).train()
 
@@ -116,17 +95,26 @@ class Run:
 
     def __init__(self, job: Job, config: TrainingConfig) -> None:
         self.job, self.config = job, config
-        self.accelerator = make_accelerator(config.precision)
+        plugin = sharding_plugin(job.model) if config.sharding == "fsdp" else None
+        if plugin is not None and job.validation is not None:
+            raise ConfigError("a run that is judged on its way cannot be sharded", where=job.title,
+                              fix="Leave --sharding out")
+        with flag_kept():
+            self.accelerator = make_accelerator(config.precision, plugin)
         self.model = share_batch_norm(job.model).to(self.accelerator.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.shards = Shards(self.model) if plugin is not None else None
         optimizer = make_optimizer(self.model, config)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.shards is not None:
+            self.shards.cut(self.accelerator)
         average = WeightAverage(self.model, config.ema) if config.ema else None
         best = BestState() if job.validation is not None else None
-        self.state = TrainingState(self.model, optimizer, average, self.accelerator.scaler, best)
+        self.watch = LossWatch(config.divergence)
+        self.state = TrainingState(self.model, optimizer, average, self.accelerator.scaler, best, self.watch)
         self.start = self._resume()
         self.log = StepLog(job.log if world()[0] == 0 else None, self.start)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.pending: list[dict[str, Any]] = []
 
     def _resume(self) -> int:
@@ -135,10 +123,11 @@ class Run:
 
     def train(self) -> Timing:
         """All remaining steps; see `fit`."""
-        config, started = self.config, time.perf_counter()
+        config = self.config
         over = self._judge(self.start) if self.start == 0 else False
         loader = Prefetcher(self._make, self._keys())
         done = self.start
+        self.clock = Stopwatch(lambda: loader.waited_s, self.job.folder / TIMING_LOG if world()[0] == 0 else None)
         self.model.train()
         try:
             with progress(self.job.title, total=config.steps, done=self.start) as bar:
@@ -150,7 +139,8 @@ class Run:
         finally:
             loader.close()
             unwrap(self.accelerator, self.wrapped, self.model)
-        return self._finish(Timing(done - self.start, time.perf_counter() - started, loader.waited_s), done)
+        timing = replace(self.clock.total(done - self.start), processes=world()[1], sharding=config.sharding)
+        return self._finish(timing, done)
 
     def _finish(self, timing: Timing, done: int) -> Timing:
         """Put the state that stays into the model."""
@@ -160,6 +150,8 @@ class Run:
             return replace(timing, judged=tuple(best.judged), best_step=best.step)
         if self.state.average is not None:
             self.state.average.copy_to(self.model)
+        if self.shards is not None:
+            self.shards.join()
         return replace(timing, best_step=done)
 
     def _judge(self, done: int) -> bool:
@@ -189,8 +181,7 @@ class Run:
         """One optimiser step on the batches that `take` gives, one for each part."""
         torch.manual_seed((self.config.seed << 32) + step * world()[1] + world()[0])
         rate = learning_rate(step, self.config)
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.state.optimizer, rate)
         parts: Losses = {}
         for part in range(self.config.accumulation):
             for name, value in self._backward(take(), part).items():
@@ -201,7 +192,8 @@ class Run:
         if self.state.average is not None:
             self.state.average.update(self.model, step)
         seen = self.job.after_step(step) if self.job.after_step is not None else {}
-        self.pending.append({"step": step, "lr": rate, "grad_norm": norm.detach(), **parts, **seen})
+        noted = {name: whole(value) for name, value in {"grad_norm": norm.detach(), **parts, **seen}.items()}
+        self.pending.append({"step": step, "lr": rate, **noted})
 
     def _backward(self, batch: Batch, part: int) -> Losses:
         last = part == self.config.accumulation - 1
@@ -215,29 +207,34 @@ class Run:
     def _account(self, done: int, bar: Bar, *, last: bool) -> None:
         save = done % self.config.checkpoint_every == 0 and not last
         if save or done % FLUSH_EVERY == 0 or last:
-            self._flush(bar)
-        if save and self.accelerator.is_main_process:
-            save_checkpoint(self.job.folder, self.state, done)
+            self._flush(bar, done)
+        if save and not self.watch.alarmed:
+            save_checkpoint(self.job.folder, self.state, done, write=self.accelerator.is_main_process)
 
-    def _flush(self, bar: Bar) -> None:
+    def _flush(self, bar: Bar, done: int) -> None:
         records = [_plain(record) for record in self.pending]
         self.pending = []
         self.log.write(records)
         for record in records:
             if not self._is_finite(record):
-                raise self._diverged(int(record["step"]))
-        bar.advance(len(records), loss=records[-1]["loss"])
+                raise self._diverged(f"the loss or its gradient is not finite at step {int(record['step'])}")
+            if self.watch.diverges(int(record["step"]), record["loss"]):
+                raise self._diverged(
+                    f"the loss grew at step {self.watch.since} and stayed above {self.watch.bound:.4g}, "
+                    f"{self.config.divergence:g} times its median, for {self.watch.high} steps")
+        share = self.clock.lap(done, len(records))
+        bar.advance(len(records), loss=records[-1]["loss"], data_wait=share)
 
     def _is_finite(self, record: Mapping[str, float]) -> bool:
         """Checked before a checkpoint is written. A gradient scaler skips steps whose gradient overflows: no fault."""
         scaled = self.accelerator.scaler is not None
         return math.isfinite(record["loss"]) and (scaled or math.isfinite(record["grad_norm"]))
 
-    def _diverged(self, step: int) -> DivergedError:
+    def _diverged(self, what: str) -> DivergedError:
         found = latest_checkpoint(self.job.folder)
         kept = f"The last good checkpoint is {found.name}" if found else "No checkpoint was written yet"
         return DivergedError(
-            f"the loss or its gradient is not finite at step {step}", where=self.job.title,
+            what, where=self.job.title,
             fix=f"{kept}. Start over with a smaller --lr (now {self.config.lr:g}) or --precision fp32",
         )
 

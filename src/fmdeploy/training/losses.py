@@ -52,21 +52,36 @@ class _BernoulliKL(torch.autograd.Function):
         return difference * (gradient / difference.numel()), None
 
 
-def soft_dice(probability_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+def class_loss(logits_BC: Tensor, label_B: Tensor, weight_B: Tensor | None = None) -> Tensor:
+    """Cross entropy, mean over the batch; a label below 0 is unknown and counts nothing, `weight_B` weighs samples.
+
+    The mean goes over the known labels; weights are expected to average 1, so that processes need not share them.
+    """
+    known = (label_B >= 0).sum().clamp(min=1)
+    if weight_B is None:
+        return F.cross_entropy(logits_BC, label_B.long(), ignore_index=-1, reduction="sum") / known
+    loss_B = F.cross_entropy(logits_BC, label_B.long(), ignore_index=-1, reduction="none")
+    return (loss_B * weight_B).sum() / known
+
+
+def soft_dice(probability_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor | None = None) -> Tensor:
     """One minus the Dice coefficient of each channel over the whole batch of all processes, mean over channels.
 
     Squared denominators (V-Net, arXiv:1606.04797, section 3) make it zero for equal soft targets, not only for
-    binary ones. Over the batch, not per sample: most channels of one sample are nearly empty.
+    binary ones. Over the batch, not per sample: most channels of one sample are nearly empty. `weight_B` weighs samples.
     """
     axes = (0, 2, 3)
     products = (probability_BCHW * target_BCHW, probability_BCHW.square(), target_BCHW.square())
+    if weight_B is not None:
+        products = tuple(product * weight_B[:, None, None, None] for product in products)
     total_3C = sum_over_ranks(torch.stack([product.sum(axes) for product in products]))
     overlap_C = (2 * total_3C[0] + EPSILON) / (total_3C[1] + total_3C[2] + EPSILON)
     return (1 - overlap_C).mean()
 
 
 def weighted_bce(
-    logits_BCHW: Tensor, labels_BCHW: Tensor, positive: Sequence[float], weight: Sequence[float]
+    logits_BCHW: Tensor, labels_BCHW: Tensor, positive: Sequence[float], weight: Sequence[float],
+    weight_B: Tensor | None = None,
 ) -> Tensor:
     """Binary cross entropy, mean over batch and cells, summed over channels with `weight`.
 
@@ -75,6 +90,7 @@ def weighted_bce(
         labels_BCHW: float labels in [0, 1].
         positive: Weight of occupied cells for each channel.
         weight: Weight of each channel.
+        weight_B: Weight of each sample.
     """
     shape = (1, -1, 1, 1)
     positive_C = logits_BCHW.new_tensor(positive).view(shape)
@@ -82,6 +98,8 @@ def weighted_bce(
     loss_BCHW = F.binary_cross_entropy_with_logits(
         logits_BCHW, labels_BCHW, weight=weight_C, pos_weight=positive_C, reduction="none"
     )
+    if weight_B is not None:
+        loss_BCHW = loss_BCHW * weight_B[:, None, None, None]
     return loss_BCHW.mean((0, 2, 3)).sum()
 
 

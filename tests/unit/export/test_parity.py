@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fmdeploy.errors import GateError
-from fmdeploy.evaluate.subset import subset
+from fmdeploy.subset import subset
 from fmdeploy.export.parity import Outputs, Parity, compare, outputs_of, require_parity
 from fmdeploy.task import Array, Arrays, load_task
 

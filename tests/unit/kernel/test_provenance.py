@@ -50,8 +50,8 @@ def test_a_forged_name_runs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"teacher": "t", "alpha_labels": 0.0, "alpha_logits": 0.0, "alpha_features": 0.0},
-    {"teacher": "t", "labels": 0.0, "alpha_logits": 0.0, "alpha_features": 0.0},
+    {"teacher": "t", "loss": []},
+    {"teacher": "t", "labels": 0.0, "loss": ["labels"]},
     {"seed": 2**31},
 ])
 def test_settings_that_cannot_train_are_refused(options: dict[str, object]) -> None:

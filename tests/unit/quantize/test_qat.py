@@ -174,7 +174,7 @@ def test_qad_sees_the_labels_that_the_student_saw(taught: Path) -> None:
                       features=taught / "features", task="bev-occupancy")
     batches: Any = lesson.batch
     assert len(batches.labelled) == 18 == len(batches.samples) / 2
-    assert batches.config.alpha_features == 0
+    assert batches.config.loss == ("labels=0.5", "logits=2")
 
 
 def test_a_loss_and_a_traceable_student_are_needed(folder: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fmdeploy.manifest import Kind
 from fmdeploy.models.saved import load_model
 from fmdeploy.task import Arrays, load_task
 from fmdeploy.teacher.cache import cache
+from fmdeploy.teacher.caching.index import read_index
 from fmdeploy.teacher.features import CacheReader, map_safetensors
 from fmdeploy.teacher.train import train
 from fmdeploy.teacher.view import TeacherView
@@ -73,8 +74,9 @@ def test_a_teacher_is_no_cache(home: Path) -> None:
 
 def test_shards_cover_all_samples_and_the_same_request_gives_the_same_digest(home: Path, tmp_path: Path) -> None:
     features = open_artifact(home / "features")
+    (key,) = (each.address.key for each in read_index(features).caches)
     assert sorted(n for n in features.manifest.files if n.startswith("features/")) == [
-        f"features/{number:05d}.safetensors" for number in range(5)
+        f"features/{key}/{number:05d}.safetensors" for number in range(5)
     ]
     assert features.json("metrics.json")["samples"] == 36
     again = cache(teacher=home / "teacher", data=home / "data", out=tmp_path / "f", per_shard=8, precision="fp32")
@@ -82,8 +84,8 @@ def test_shards_cover_all_samples_and_the_same_request_gives_the_same_digest(hom
 
 
 def test_float32_is_kept_to_the_bit_of_a_whole_batch(home: Path, tmp_path: Path) -> None:
-    features = cache(teacher=home / "teacher", data=home / "data", out=tmp_path / "f", dtype="float32",
-                     precision="fp32", layers=("tokens", "scene"))
+    features = cache(teacher=home / "teacher", data=home / "data", out=tmp_path / "f", encoding="float32",
+                     logits=("float32",), precision="fp32", layers=("tokens", "scene"))
     found = _open(home, features).batch(np.arange(36))
     view = TeacherView(load_model(open_artifact(home / "teacher")).module, TASK.io, ("tokens", "scene"), "fp32")
     live = view.arrays(TASK.samples(open_dataset(home / "data"), "train").batch(np.arange(36))[0], torch.device("cpu"))
@@ -114,7 +116,7 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_safetensors_still_scrambles_arrays_that_are_not_c_contiguous(tmp_path: Path) -> None:
-    """When this fails the copy in `teacher.cache._collect` can go."""
+    """One reason why `caching.shardfile` writes shards itself."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     save_file({"a": array}, tmp_path / "x.safetensors")
     assert not np.array_equal(load_file(tmp_path / "x.safetensors")["a"], array)

@@ -126,7 +126,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_a_checkpoint(tmp_
 
 def test_only_two_checkpoints_are_kept_and_none_is_partial(tmp_path: Path) -> None:
     fit(_job(tmp_path), _config(steps=60, checkpoint_every=10))
-    names = sorted(path.name for path in (tmp_path / "work").iterdir())
+    names = sorted(path.name for path in (tmp_path / "work").glob("checkpoint-*"))
     assert names == ["checkpoint-00000040.safetensors", "checkpoint-00000050.safetensors"]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fmdeploy.training.config import TrainingConfig
+from fmdeploy.errors import ConfigError
+from fmdeploy.training.config import Schedule, TrainingConfig
 from fmdeploy.training.ema import WeightAverage
-from fmdeploy.training.schedule import decay_groups, learning_rate
+from fmdeploy.training.schedule import decay_groups, learning_rate, make_optimizer, set_rate
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_one_percent() -> None:
@@ -59,3 +61,31 @@ def test_the_average_follows_its_formula_and_includes_running_statistics() -> No
 def test_a_batch_must_divide_into_its_parts() -> None:
     with pytest.raises(ValueError, match="not a multiple of accumulation"):
         TrainingConfig(batch=10, accumulation=4)
+
+
+@pytest.mark.parametrize(("schedule", "middle", "last"), [("cosine", 0.505, 0.01), ("linear", 0.505, 0.01),
+                                                           ("constant", 1.0, 1.0)])
+def test_every_schedule_rises_first_and_ends_where_it_says(schedule: Schedule, middle: float, last: float) -> None:
+    config = TrainingConfig(steps=111, warmup=10 / 111, lr=2e-3, schedule=schedule)
+    rates = [learning_rate(step, config) / config.lr for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert rates[60] == pytest.approx(middle)
+    assert rates[-1] == pytest.approx(last)
+    if schedule == "linear":
+        assert np.diff(rates[10:]) == pytest.approx(np.full(100, -0.0099))
+
+
+def test_the_backbone_may_have_a_rate_of_its_own() -> None:
+    model = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "head": nn.Linear(4, 2)})
+    optimizer = make_optimizer(model, TrainingConfig(lr=1e-2, backbone_lr=0.1, weight_decay=0.3))
+    set_rate(optimizer, 5e-3)
+    found = {name: (group["lr"], group["weight_decay"]) for name, parameter in model.named_parameters()
+             for group in optimizer.param_groups if any(parameter is p for p in group["params"])}
+    assert found == {"backbone.0.weight": (5e-4, 0.3), "backbone.0.bias": (5e-4, 0.0),
+                     "backbone.1.weight": (5e-4, 0.0), "backbone.1.bias": (5e-4, 0.0),
+                     "head.weight": (5e-3, 0.3), "head.bias": (5e-3, 0.0)}
+
+
+def test_a_rate_for_a_backbone_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no trained module is called 'backbone'"):
+        make_optimizer(nn.Linear(2, 2), TrainingConfig(backbone_lr=0.5))

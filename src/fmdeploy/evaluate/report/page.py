@@ -24,6 +24,7 @@ from fmdeploy.evaluate.report.latency import Tier, latency_section
 from fmdeploy.evaluate.report.limits import limits, proofs
 from fmdeploy.evaluate.report.panels import Example, panels_section
 from fmdeploy.evaluate.report.precision import Precision, precision_section
+from fmdeploy.evaluate.report.probes import Probes, probes_section
 from fmdeploy.evaluate.report.sources import Sources
 from fmdeploy.evaluate.report.tables import (
     LineageRow,
@@ -73,6 +74,7 @@ class Page:
     slice_rows: list[SliceRow]
     reliability: list[Picture] | str
     training: Picture | str
+    probes: Probes | None
     precision: Precision | None
     tensorrt: TensorRt | str
     trouble: Trouble | str
@@ -126,6 +128,7 @@ def build_page(sources: Sources, title: str) -> Page:
         slice_rows=slice_rows,
         reliability=reliability_section(sources),
         training=training_section(sources),
+        probes=probes_section(sources),
         precision=precision_section(sources),
         tensorrt=tensorrt_section(sources),
         trouble=trouble_section(sources),

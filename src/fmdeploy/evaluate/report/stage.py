@@ -21,7 +21,7 @@ class ReportConfig(StageConfig):
     """What to show and where to write it."""
 
     artifacts: Annotated[tuple[InputPath, ...], Positional()] = Field(
-        description="Artifacts of any kinds: DATASET, TEACHER, STUDENT, QUANTIZED, BUNDLE, CHECK, EVALUATION"
+        description="Artifacts of any kinds: DATASET, TEACHER, STUDENT, QUANTIZED, BUNDLE, CHECK, EVALUATION, PROBE"
     )
     out: OutputPath = Field(Path("report.html"), description="The HTML file; an older one is replaced")
     title: str = Field("fmdeploy report", min_length=1, max_length=120, description="Headline of the page")

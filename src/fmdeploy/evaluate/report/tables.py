@@ -12,8 +12,8 @@ from fmdeploy.evaluate.report.words import count, mebibytes
 from fmdeploy.manifest import Kind
 
 PLAIN_KEYS = ("fmdeploy", "python", "system", "machine", "processor", "num_cpus")
-ORDER = (Kind.DATASET, Kind.TEACHER, Kind.FEATURES, Kind.STUDENT, Kind.QUANTIZED, Kind.BUNDLE, Kind.ENGINE, Kind.CHECK,
-         Kind.EVALUATION)
+ORDER = (Kind.DATASET, Kind.TEACHER, Kind.ADAPTER, Kind.FEATURES, Kind.STUDENT, Kind.QUANTIZED, Kind.BUNDLE,
+         Kind.ENGINE, Kind.CHECK, Kind.EVALUATION, Kind.PROBE)
 
 
 @dataclass(frozen=True)

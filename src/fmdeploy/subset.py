@@ -5,10 +5,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fmdeploy.task import Array, Arrays, Samples
+
+
+ASKED_BY_NUMBER = ("frames", "occupancy", "motion")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class Subset:
     def batch(self, index: Array) -> tuple[Arrays, Arrays]:
         """Inputs and targets of the chosen samples `index` (B,)."""
         return self.whole.batch(self.index[index])
+
+
+    def __getattr__(self, name: str) -> Any:
+        """Other ways to ask the whole by sample number (`frames`, `occupancy`, `motion`), with the chosen numbers."""
+        ask = getattr(self.whole, name) if name in ASKED_BY_NUMBER else None
+        if ask is None:
+            raise AttributeError(name)
+        return lambda index, *args: ask(self.index[index], *args)
 
 
 def subset(samples: Samples, count: int) -> Subset:

@@ -1,0 +1,1 @@
+"""Losses of distillation, one idea a file; `registry` names them."""

@@ -1,0 +1,1 @@
+"""How often a training run sees what: weights, temperature, replay of old domains."""

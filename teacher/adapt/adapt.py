@@ -1,0 +1,138 @@
+"""`teacher adapt`: train few parameters on top of a frozen teacher, for a new domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fmdeploy.artifact import Artifact, open_artifact
+from fmdeploy.command import command
+from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.draft import Draft, produce
+from fmdeploy.errors import ConfigError
+from fmdeploy.evaluate.evaluation import Predict
+from fmdeploy.manifest import Kind
+from fmdeploy.models import num_parameters
+from fmdeploy.models.saved import LoadedModel, load_model
+from fmdeploy.task import Samples
+from fmdeploy.teacher.adapt.config import AdaptConfig
+from fmdeploy.teacher.adapt.effect import Effect, measure_effect
+from fmdeploy.teacher.adapt.methods import Plan, apply_plan
+from fmdeploy.teacher.adapt.store import AdapterRecipe, save_adapter
+from fmdeploy.teacher.adapt.training import Adaptation, TwoDomains
+from fmdeploy.teacher.scores import write_curve, write_scores
+from fmdeploy.teacher.view import TeacherView
+from fmdeploy.training.config import Precision
+from fmdeploy.training.device import resolve_precision, together
+from fmdeploy.training.labelled import labelled_index
+from fmdeploy.training.log import parse_log
+from fmdeploy.training.loop import Job, fit
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    teacher: Artifact
+    data: Dataset
+    replay: Dataset | None
+    source: Dataset | None
+
+    def inputs(self) -> dict[str, Artifact]:
+        """Roles of the artifacts, for the manifest."""
+        given = {"data": self.data, "replay_data": self.replay, "source_data": self.source}
+        return {"teacher": self.teacher, **{role: data.artifact for role, data in given.items() if data is not None}}
+
+
+@command(AdaptConfig)
+def adapt(config: AdaptConfig) -> Artifact:
+    """Adapt a frozen teacher to a new domain: train an ADAPTER of few parameters on the train split's labels.
+
+    Raises:
+        ArtifactError: an input is not what it should be, or something else is at `out`.
+        ConfigError: the teacher has nothing that this method could train.
+        DivergedError: the loss became NaN.
+    """
+    config = config.model_copy(update={"precision": resolve_precision(config.precision)})
+    start = Start(open_artifact(config.teacher, Kind.TEACHER), open_dataset(config.data),
+                  open_dataset(config.replay_data) if config.replay_data else None,
+                  open_dataset(config.source_data) if config.source_data else None)
+    return produce(
+        config.out, Kind.ADAPTER, stage="teacher adapt", config=config, inputs=start.inputs(),
+        build=lambda draft: _build(draft, config, start), resumable=True,
+    )
+
+
+def _build(draft: Draft, config: AdaptConfig, start: Start) -> None:
+    with together():
+        loaded = load_model(start.teacher)
+        size = num_parameters(loaded.module)
+        heads = _heads_are_of_use(config, loaded)
+        torch.manual_seed(config.seed)
+        plan = Plan(method=config.method, options=config.options(), also=config.also)
+        names = apply_plan(loaded, plan)
+        trained = sum(loaded.module.get_parameter(name).numel() for name in names)
+        batches = _batches(config, start, loaded)
+        job = Job("adapter", Adaptation(loaded.task, loaded.module), batches,
+                  losses=lambda model, batch: model(batch), folder=draft.path("work/adapter"),
+                  log=draft.path("log.jsonl"))
+        timing = fit(job, config)
+        if draft.is_main:
+            draft.note(training=timing.as_note())
+            recipe = AdapterRecipe(task=loaded.recipe.task, plan=plan, trained=trained, parameters=size, heads=heads)
+            save_adapter(draft, loaded.module, names, recipe)
+            write_curve(draft, parse_log(draft.path("log.jsonl")))
+            predict = predict_with(loaded, config.precision)
+            draft.write_json("metrics.json", {
+                "method": config.method, "trained": trained, "params": size, "share": trained / size,
+                "labels": {"samples": _used(batches), "of": len(batches.samples)},
+                **write_scores(draft, predict, loaded.task, start.data),
+                **_effects(draft, config, start, predict),
+            })
+
+
+def predict_with(loaded: LoadedModel, precision: Precision) -> Predict:
+    """A network's logits as `evaluate` wants them."""
+    return TeacherView(loaded.module, loaded.task.io, (), precision).logits
+
+
+def _heads_are_of_use(config: AdaptConfig, loaded: LoadedModel) -> bool:
+    """Whether the adapted outputs mean anything.
+
+    Raises:
+        ConfigError: the teacher was only pre-trained, and its heads are not adapted either.
+    """
+    if not loaded.recipe.heads and "head" not in (config.method, *config.also):
+        raise ConfigError("was pre-trained only: its outputs mean nothing yet", where=config.teacher,
+                          fix="Train its heads too, with --also head; or fine-tune it: teacher train --init")
+    return True
+
+
+def _batches(config: AdaptConfig, start: Start, loaded: LoadedModel) -> TwoDomains:
+    samples: Samples = loaded.task.samples(start.data, "train")
+    index = labelled_index(samples, config.labels, config.label_seed) if config.labels < 1 else None
+    replay = loaded.task.samples(start.replay, "train") if start.replay is not None else None
+    return TwoDomains(loaded.task, samples, config, index, replay, config.replayed())
+
+
+def _used(batches: TwoDomains) -> int:
+    return len(batches.samples) if batches.index is None else len(batches.index)
+
+
+def _effects(draft: Draft, config: AdaptConfig, start: Start, predict: Predict) -> dict[str, Any]:
+    """What the adapter changes on the new domain, and on the old one where that is given.
+
+    With the adapter off the old domain does not change at all: the teacher is frozen.
+    """
+    base = load_model(start.teacher)
+    before = predict_with(base, config.precision)
+    found: dict[str, Effect] = {}
+    if base.recipe.heads:
+        found["target"] = measure_effect(before, predict, base.task, start.data)
+        if start.source is not None:
+            found["source"] = measure_effect(before, predict, base.task, start.source)
+            found["source"].after.save(draft, "source_evaluation")
+            found["source"].before.save(draft, "source_evaluation_before")
+    return {f"{name}_{key}": value for name, effect in found.items() for key, value in effect.as_metrics().items()}

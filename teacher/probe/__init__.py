@@ -1,0 +1,1 @@
+"""What a network's representation is good for: the probe ladder."""

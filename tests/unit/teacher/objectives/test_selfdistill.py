@@ -1,0 +1,209 @@
+"""Self-distillation: balanced targets, the least loss, views on an ego grid, and two processes beside one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fmdeploy.artifact import Artifact, open_artifact
+from fmdeploy.data.format import open_dataset
+from fmdeploy.models.tokens import backbone_of
+from fmdeploy.task import load_task
+from fmdeploy.teacher.objectives.base import CollapsedError
+from fmdeploy.teacher.objectives.crops import GLOBAL, HIDDEN, WHOLE, ViewConfig, Views, draw_views, moved
+from fmdeploy.teacher.objectives.selfdistill import SelfDistillation, SelfDistillationConfig
+from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy, rising
+from fmdeploy.teacher.objectives.selfdistill_targets import Centre, cross_entropy, sinkhorn
+from fmdeploy.teacher.train import train
+from support.training_data import TEACHER, write_scenes
+
+SIZES = {key: TEACHER[key] for key in ("dim", "depth", "heads", "stem_width", "width")}
+SMALL = {"prototypes": 8, "hidden_width": 16, "bottleneck": 8}
+STILL = {"shift": 0.0, "zoom": 0.0, "turn": 0.0, "sensor_drop": 0.0, "cells_lost": 0.0, "hidden": 0.0}
+SCRIPT = """
+import json, sys
+from fmdeploy.teacher.train import train
+train(**json.loads(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`."""
+    folder = tmp_path_factory.mktemp("selfdistill")
+    write_scenes(folder / "data")
+    return folder
+
+
+def _rngs(count: int, first: int = 0) -> list[np.random.Generator]:
+    return [np.random.default_rng((5, place)) for place in range(first, first + count)]
+
+
+def _scores(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _drawn(config: ViewConfig, count: int, *, side: int = 4, patch: int = 4) -> dict[str, Tensor]:
+    drawn = draw_views(config, _rngs(count), num_inputs=2, side=side, patch=patch)
+    return {name: torch.from_numpy(value) for name, value in drawn.items()}
+
+
+def test_sinkhorn_gives_every_row_one_and_every_prototype_its_share() -> None:
+    scores = _scores(48, 6)
+    scores[:, 2] += 3  # a favourite
+    found = sinkhorn(scores, 0.5, rounds=60)
+    torch.testing.assert_close(found.sum(1), torch.ones(48))
+    torch.testing.assert_close(found.sum(0), torch.full((6,), 8.0), rtol=1e-3, atol=0)
+    quick = sinkhorn(scores, 0.5)
+    torch.testing.assert_close(quick.sum(1), torch.ones(48))
+    assert torch.softmax(scores / 0.5, 1).sum(0)[2] > 40  # of 48: what it has to mend
+    assert (quick.sum(0) - 8).abs().max() < 2.5
+    torch.testing.assert_close(sinkhorn(torch.zeros(5, 4), 0.1), torch.full((5, 4), 0.25))
+
+
+def test_centring_stops_one_prototype_from_taking_everything() -> None:
+    centre = Centre(6, keep=0.5)
+    scores = 0.1 * _scores(64, 6)
+    scores[:, 3] += 1
+    first = centre(scores, 0.05)
+    assert (first.argmax(1) == 3).all()
+    for _ in range(20):
+        centre.follow()
+        last = centre(scores, 0.05)
+    counts = torch.bincount(last.argmax(1), minlength=6)
+    assert counts.max() < 32
+    assert (counts > 0).all()
+    torch.testing.assert_close(centre.mean_K, scores.mean(0), rtol=1e-3, atol=1e-4)
+    centre.eval()
+    centre(scores + 9, 0.05)
+    centre.follow()
+    assert centre.mean_K.max() < 2
+
+
+@torch.no_grad()
+def test_equal_views_give_the_least_loss(home: Path) -> None:
+    """With one temperature and nothing degraded the answer is the target, and the loss its entropy."""
+    torch.manual_seed(0)
+    task = load_task("bev-occupancy")
+    teacher = task.teacher(SIZES)
+    config = SelfDistillationConfig(**SMALL, **STILL, local_views=0, balance="centre", patches=0,  # type: ignore[arg-type]
+                                    teacher_temperature=0.1, student_temperature=0.1)
+    objective = SelfDistillation(task, teacher, config, steps=5)
+    samples = task.samples(open_dataset(home / "data"), "train")
+    index = np.arange(4)
+    arrays = {"inputs": samples.batch(index)[0], **objective.arrays(samples, index, _rngs(4))}
+    batch = {kind: {name: torch.from_numpy(x) for name, x in values.items()} for kind, values in arrays.items()}
+    state = backbone_of(teacher, where="test").tokens(batch["inputs"]["lidar"], batch["inputs"]["camera"])
+    target = torch.softmax(objective.heads.frame(state[:, 0]) / 0.1, dim=-1)
+    least = float(-(target * target.log()).sum(-1).mean())
+    assert float(objective.losses(teacher, batch)["frame"]) == pytest.approx(least, rel=1e-4)
+    other = cross_entropy(target, objective.heads.frame(state[:, 0]) + 0.1 * _scores(4, 8), 0.1).mean()
+    assert float(other) > least
+    with torch.no_grad():
+        for parameter in objective.heads.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    assert float(objective.losses(teacher, batch)["frame"]) > least
+
+
+def test_views_move_whole_cells_and_stay_binary() -> None:
+    grid = torch.zeros(1, 1, 16, 16)
+    grid[0, 0, 5, 9] = 1
+    assert torch.equal(moved(grid, torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])), grid)
+    shifted = moved(grid, torch.tensor([[[1.0, 0, 2 * 3 / 16], [0, 1, -2 * 2 / 16]]]))
+    assert shifted.nonzero().tolist() == [[0, 0, 7, 6]]
+    noise = (_scores(64, 64)[None, None] > 1).float()
+    drawn = _drawn(ViewConfig(turn=20.0), 1, side=8, patch=8)
+    for view in range(drawn["affine"].shape[1]):
+        turned = moved(noise, drawn["affine"][:, view])
+        assert set(turned.unique().tolist()) == {0.0, 1.0}
+        assert 0.3 < float(turned.mean() / noise.mean()) < 1.5
+
+
+def test_the_student_sees_less_than_the_teacher() -> None:
+    config = ViewConfig(**{**STILL, "sensor_drop": 0.5, "hidden": 0.25}, local_views=3, window=2)
+    drawn = _drawn(config, 16)
+    inputs = [torch.rand(16, channels, 16, 16) * 0.4 + 0.01 for channels in (2, 3)]
+    views = Views(inputs, drawn, patch=4)
+    for given, seen in zip(inputs, views.teacher(), strict=True):
+        torch.testing.assert_close(seen, torch.cat((given, given)))
+    assert (drawn["hidden"].sum(-1) == 4).all()
+    missing = drawn["missing"][:, :GLOBAL].T.flatten()
+    assert set(missing.tolist()) == {WHOLE, 0, 1}
+    for number, seen in enumerate(views.student()):
+        assert ((seen == HIDDEN).float().mean((1, 2, 3)) == 0.25).all()
+        assert ((seen == 0).any(3).any(2).any(1) == (missing == number)).all()
+    found = views.local()
+    assert found is not None
+    (lidar, _), window = found
+    assert window.shape == (48, 4)
+    alive = torch.nn.functional.max_pool2d(lidar[:, :1], 4).flatten(1) > 0
+    for row, (cells, tokens) in enumerate(zip(alive, window, strict=True)):
+        if drawn["missing"][:, GLOBAL:].T.flatten()[row] != 0:
+            assert cells.nonzero().flatten().tolist() == sorted(tokens.tolist())
+
+
+def test_views_of_a_sample_do_not_depend_on_its_neighbours() -> None:
+    config = ViewConfig()
+    whole = draw_views(config, _rngs(5), num_inputs=2, side=8, patch=8)
+    part = draw_views(config, _rngs(2, first=3), num_inputs=2, side=8, patch=8)
+    for name, value in part.items():
+        assert (value == whole[name][3:]).all()
+    lost = draw_views(ViewConfig(cells_lost=0.4), _rngs(200), num_inputs=1, side=8, patch=8)
+    assert lost["lost"].mean() == pytest.approx(0.2, abs=0.02)
+    assert (lost["missing"] == WHOLE).all()  # a task with one input cannot lose it
+
+
+def test_the_average_follows_and_is_never_trained() -> None:
+    source = torch.nn.BatchNorm2d(2)
+    copy = MovingCopy(source)
+    with torch.no_grad():
+        source.weight.fill_(3)
+        source.num_batches_tracked.fill_(7)
+    copy.follow(source, 0.75)
+    assert copy.module.weight.tolist() == [1.5, 1.5]
+    assert int(copy.module.num_batches_tracked) == 7
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    assert not copy.train().module.training
+    assert [rising(0.9, 1.0, step, 11) for step in (0, 5, 10)] == pytest.approx([0.9, 0.95, 1.0])
+
+
+def test_a_collapse_stops_the_run(home: Path) -> None:
+    with pytest.raises(CollapsedError, match="has collapsed at step 1"):
+        train(data=home / "data", out=home / "collapsed", steps=12, objective=("selfdistill",), **TEACHER,
+              set=("selfdistill.min_std=0.999", "selfdistill.watch_every=1", "selfdistill.patience=2"))
+
+
+@pytest.mark.slow
+def test_two_processes_and_three_objectives_compute_what_one_process_does(home: Path) -> None:
+    options: dict[str, Any] = {
+        "data": str(home / "data"), "steps": 6, **TEACHER,
+        "objective": ["selfdistill", "contrastive=0.5", "flow=2"],
+        "set": ["selfdistill.prototypes=16", "contrastive.queue=12", "contrastive.hidden=16", "flow.width=16"],
+    }
+    one = train(**{**options, "objective": tuple(options["objective"]), "set": tuple(options["set"])}, out=home / "one")
+    (home / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(home / "script.py"), json.dumps({**options, "out": str(home / "two")})]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = _log(one), _log(open_artifact(home / "two"))
+    names = {"selfdistill.frame", "selfdistill.token", "contrastive.frame", "contrastive.token", "flow.velocity",
+             "contrastive.temperature", "selfdistill.feature_std", "contrastive.effective_rank"}
+    assert names <= set(first[0])
+    assert first[0]["grad_norm"] == pytest.approx(second[0]["grad_norm"], rel=1e-4)
+    for ours, theirs in zip(first, second, strict=True):
+        for name in (*sorted(names), "loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-4), (ours["step"], name)
+
+
+def _log(artifact: Artifact) -> list[dict[str, float]]:
+    return [json.loads(line) for line in artifact.path("log.jsonl").read_text().splitlines()]
