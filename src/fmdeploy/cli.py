@@ -33,6 +33,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "split": Verb("fmdeploy.data.split:split", "Split a dataset by sequence and seed."),
         "audit": Verb("fmdeploy.data.audit:audit", "Find leakage between splits; exit 1 where there is any."),
         "info": Verb("fmdeploy.data.info:info", "Count what a dataset holds."),
+        "canary": Verb("fmdeploy.compare.canary:canary", "Choose rare cases that no candidate may lose."),
     },
     "teacher": {
         "train": Verb("fmdeploy.teacher.train:train", "Train the teacher."),
@@ -52,7 +53,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "estimate": Verb("fmdeploy.estimate.estimate:estimate", "Predict the latency on a device, with a band."),
     "check": Verb("fmdeploy.runtime.check.check:check", "Measure every budget here; exit 1 when one fails."),
     "evaluate": Verb("fmdeploy.runtime.trouble.evaluate:evaluate", "Accuracy and validity when sensors fail."),
-    "compare": Verb("fmdeploy.runtime.check.compare:compare", "Gate a candidate against what is deployed."),
+    "compare": Verb("fmdeploy.compare.compare:compare", "Gate a candidate against what is deployed."),
     "run": Verb("fmdeploy.runtime.run:run", "Run a bundle over a dataset."),
     "bench": Verb("fmdeploy.runtime.measure.bench:bench", "Latency and memory of a bundle here."),
     "serve": Verb("fmdeploy.runtime.serve.serve:serve", "Serve a bundle over HTTP: KServe v2, metrics."),

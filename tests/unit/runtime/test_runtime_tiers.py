@@ -235,7 +235,7 @@ class Wall:
 sys.meta_path.insert(0, Wall())
 import json
 from fmdeploy.runtime import Runtime
-import fmdeploy.runtime.measure.bench, fmdeploy.runtime.check.check, fmdeploy.runtime.check.compare, fmdeploy.runtime.run
+import fmdeploy.runtime.measure.bench, fmdeploy.runtime.check.check, fmdeploy.compare.compare, fmdeploy.runtime.run
 runtime = Runtime(sys.argv[1])
 frame = runtime.infer(runtime.bundle.golden.sample(0))
 loaded = sorted({"torch", "onnx", "modelopt"} & set(sys.modules))
