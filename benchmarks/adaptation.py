@@ -42,7 +42,8 @@ GRID = 64
 Change = Callable[[dict[str, Array], np.random.Generator], dict[str, Array]]
 ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
-    "lora, linear layers only": {"method": "lora", "convolutions": False, "rank": 4, "alpha": 8.0},
+    "lora and bias-norm": {"method": "lora", "also": ("bias-norm",)},
+    "lora, linear layers only": {"method": "lora", "convolutions": False, "rank": 3, "alpha": 6.0},
     "adapter": {"method": "adapter"},
     "prompt": {"method": "prompt"},
     "bias-norm": {"method": "bias-norm"},
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3, help="of the adapted arms")
     parser.add_argument("--lr-full", type=float, default=1e-3, help="of full fine-tuning")
-    parser.add_argument("--replay", type=float, default=0.25)
+    parser.add_argument("--replay", type=float, default=0.5)
     parser.add_argument("--simulations", type=int, default=48)
     parser.add_argument("--methods", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--recalibrate", nargs="*", choices=list(SHIFTS), default=list(SHIFTS))

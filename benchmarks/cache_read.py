@@ -9,7 +9,7 @@ with one thread, from a warm page cache:
     cache again    the same (the A/A control)
     memmap         one np.memmap of the stored bytes, indexed; int8 is decoded by the same encoding
     memmap fp16    one np.memmap of float16 records: what int8 is up against when only speed counts
-    webdataset     the same records in tar files, streamed through `webdataset`, since it cannot read at random
+    webdataset     the same records in tar files, decoded too; streamed, since `webdataset` cannot read at random
 
 Ratios are records per second of CPU time of this thread, from medians. Targets: cache / memmap ≥ 0.8, cache /
 webdataset ≥ 10.
@@ -34,7 +34,7 @@ import torch
 from fmdeploy.arrays import Array
 from fmdeploy.teacher.caching.index import Address, Cache, Stored
 from fmdeploy.teacher.caching.shardfile import map_safetensors, write_shard
-from fmdeploy.teacher.encodings.base import stored_name
+from fmdeploy.teacher.encodings.base import Encoding, stored_name
 from fmdeploy.teacher.encodings.registry import make, read_feature
 from fmdeploy.teacher.features import CacheReader
 
@@ -81,7 +81,7 @@ def arms(home: Path, text: str, records: int) -> dict[str, Callable[[Array], obj
         "cache": reader.batch, "cache again": reader.batch,
         "memmap": lambda index: encoding.decode({part: array[index] for part, array in maps.items()}),
         "memmap fp16": lambda index: half_map[index],
-        "webdataset": _stream([str(home / f"{number}.tar") for number in range(records // PER_SHARD)]),
+        "webdataset": _stream([str(home / f"{number}.tar") for number in range(records // PER_SHARD)], encoding),
     }
 
 
@@ -101,8 +101,8 @@ def _write_tar(path: Path, parts: dict[str, Array], first: int) -> None:
                 tar.addfile(info, io.BytesIO(buffer.getvalue()))
 
 
-def _stream(names: list[str]) -> Callable[[Array], object]:
-    """The next batch of an endless stream, whatever the index says; nothing is decoded further than to arrays."""
+def _stream(names: list[str], encoding: Encoding) -> Callable[[Array], object]:
+    """The next batch of an endless stream, whatever the index says, decoded by the same encoding."""
     import webdataset
 
     with warnings.catch_warnings():
@@ -111,7 +111,8 @@ def _stream(names: list[str]) -> Callable[[Array], object]:
 
     def take(index: Array) -> object:
         rows = [next(found) for _ in index]
-        return np.stack([row["main.npy"] for row in rows])
+        return encoding.decode({part: np.stack([row[f"{part or 'main'}.npy"] for row in rows])
+                                for part in encoding.parts()})
 
     return take
 
@@ -121,7 +122,7 @@ def measure(calls: dict[str, Callable[[Array], object]], records: int, rounds: i
     found: dict[str, list[float]] = defaultdict(list)
     rng, names = np.random.default_rng(1), list(calls)
     for number in range(rounds + 10):
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the slowest
+        for name in rng.permutation(names):  # nobody always follows the one that empties the processor's caches
             index, call = rng.integers(0, records, BATCH), calls[name]
             started = time.thread_time()
             call(index)

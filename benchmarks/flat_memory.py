@@ -1,6 +1,6 @@
 """Peak memory of `teacher train` and `cache` from 1,000 to 100,000 samples.
 
-    python benchmarks/flat_memory.py [--samples 1000,10000,100000] [--steps 30] [--keep DIR]
+    python benchmarks/flat_memory.py [--samples 1000,10000,100000] [--steps 30] [--stages train,cache] [--keep DIR]
 
 Each size is a DATASET in the real format, written by `DatasetWriter` from a few distinct drives that repeat; only its
 train split grows. A tiny teacher is trained on it for a few steps, and its features are cached with a small tensor a
@@ -52,34 +52,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", default="1000,10000,100000")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--stages", default="train,cache", help="cache needs the teacher of train")
     parser.add_argument("--keep", type=Path, help="folder for the data; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        rows = [measured(int(count), options.steps, options.keep or Path(temporary))
-                for count in options.samples.split(",")]
-    for stage in ("teacher train", "cache"):
+        rows = [measured(int(count), options, options.keep or Path(temporary)) for count in options.samples.split(",")]
+    for stage in rows[0]:
         first, last = rows[0][stage], rows[-1][stage]
         ratio = last[0] / first[0]
         print(f"{stage}: {ratio:.3f} x the peak of the smallest set, {'ok' if ratio <= TARGET else 'TOO MUCH'} "
               f"(target {TARGET:g}); anonymous {last[1] / first[1]:.3f} x")
 
 
-def measured(count: int, steps: int, folder: Path) -> dict[str, tuple[float, float]]:
-    """Peak and anonymous memory of both stages, in MiB."""
+def measured(count: int, options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, float]]:
+    """Peak and anonymous memory of the stages, in MiB."""
     data, teacher = folder / f"data-{count}", folder / f"teacher-{count}"
     started = time.perf_counter()
     if not data.exists():
         generate(data, count)
     size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
     print(f"{count:7,} samples, {size / MIB:.0f} MiB on disk ({time.perf_counter() - started:.0f} s)", flush=True)
-    found = {
-        "teacher train": watch("teacher", "train", "--data", data, "--out", teacher, "--steps", steps, "--batch", 16,
-                               "--precision", "fp32", *SIZES),
-        "cache": watch("cache", "--teacher", teacher, "--data", data, "--out", folder / f"features-{count}",
-                       "--precision", "fp32"),
+    commands: dict[str, list[object]] = {
+        "train": ["teacher", "train", "--data", data, "--out", teacher, "--steps", options.steps, "--batch", 16,
+                  "--precision", "fp32", *SIZES],
+        "cache": ["cache", "--teacher", teacher, "--data", data, "--out", folder / f"features-{count}", "--precision",
+                  "fp32"],
     }
+    found = {stage: watch(*commands[stage]) for stage in options.stages.split(",")}
     for stage, (peak, anonymous, seconds) in found.items():
-        print(f"    {stage:13}  peak {peak:6.0f} MiB   anonymous {anonymous:6.0f} MiB   {seconds:5.1f} s", flush=True)
+        print(f"    {stage:5}  peak {peak:6.0f} MiB   anonymous {anonymous:6.0f} MiB   {seconds:5.1f} s", flush=True)
     return {stage: row[:2] for stage, row in found.items()}
 
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ from fmdeploy.data.format import open_dataset
 from fmdeploy.task import load_task
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import TrainingConfig
-from fmdeploy.training.distributed import world
 from fmdeploy.training.loop import Batch, Job, Tensors, fit
 from support.training_data import write_scenes
 
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return work(*options.worker, options)
+        work(options)
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_scenes(Path(folder) / "data", sequences=64)
         for what in options.what.split(","):
@@ -78,17 +79,17 @@ def launch(what: str, processes: int, folder: Path, options: argparse.Namespace)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     if processes == 1:
         command = [sys.executable]
-    done = subprocess.run(
+    subprocess.run(
         [*command, __file__, "--worker", what, str(folder), str(out), "--steps", str(options.steps), "--batch",
          str(options.batch), *(["--profile"] if options.profile else [])],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=not options.profile, text=True)
-    del done
     found: dict[str, float] = json.loads(out.read_text())
     return found
 
 
-def work(what: str, folder: str, out: str, options: argparse.Namespace) -> None:
+def work(options: argparse.Namespace) -> None:
     """Train in this process; the first one writes the median seconds and the CPU seconds of a step."""
+    what, folder, out = options.worker
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task = load_task("bev-occupancy")
@@ -119,15 +120,14 @@ def work(what: str, folder: str, out: str, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as work_folder:
         job = Job(what, model, batch, losses, Path(work_folder) / "work", Path(work_folder) / "log.jsonl")
         job = replace(job, after_step=after_step)
-        if options.profile and world()[0] == 0:
+        if options.profile and int(os.environ.get("RANK", "0")) == 0:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 fit(job, config)
-            if int(os.environ.get("RANK", "0")) == 0:
-                print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=18))
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=18))
         else:
             fit(job, config)
     kept = ends[WARM:]
-    spans = [(after[0] - before[0], after[1] - before[1]) for before, after in zip(kept, kept[1:], strict=False)]
+    spans = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(kept)]
     if int(os.environ.get("RANK", "0")) == 0:
         Path(out).write_text(json.dumps({"step_s": statistics.median(s for s, _ in spans),
                                          "cpu_s": statistics.fmean(c for _, c in spans)}))

@@ -8,8 +8,8 @@ n_c channel c of their normalised output before the affine part, (m_c, s_c) its 
 
     g_c ((n_c - m'_c) r_c + m_c) + b_c,   r_c = s_c / s'_c,
 
-that is  g_c <- g_c r_c  and  b_c <- b_c + g_c (m_c - m'_c r_c).  Layers are corrected in the order in which they run, each
-on the output of the corrected ones before it. `strength` a takes a step from the old (0) to the new (1) affine part.
+that is  g_c <- g_c r_c  and  b_c <- b_c + g_c (m_c - m'_c r_c).  Layers are corrected in the order in which they run,
+each on the output of the corrected ones before it. `strength` takes a step from the old (0) to the new (1) affine part.
 
 Legend: C channels.
 """
@@ -193,7 +193,8 @@ def _moments(module: nn.Module, output: Tensor) -> _Moments:
     weight_C, bias_C = module.get_parameter("weight").reshape(-1), module.get_parameter("bias").reshape(-1)
     safe_C = torch.where(weight_C.abs() < EPS, torch.ones_like(weight_C), weight_C)
     dead_C = weight_C.abs() < EPS
-    return _Moments(torch.where(dead_C, 0.0, (mean_C - bias_C) / safe_C), torch.where(dead_C, 0.0, std_C / safe_C.abs()))
+    mean_C, std_C = (mean_C - bias_C) / safe_C, std_C / safe_C.abs()
+    return _Moments(mean_C.masked_fill(dead_C, 0.0), std_C.masked_fill(dead_C, 0.0))
 
 
 def _layout(module: nn.Module, output: Tensor) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "demo": Verb("fmdeploy.demo:demo", "The whole pipeline on recorded scenes, into one folder."),
     "data": {
         "record": Verb("fmdeploy.data.record:record", "Record driving scenes from highway-env."),
+        "import": Verb("fmdeploy.data.importing.stage:import_data", "Import nuScenes, images, WebDataset or MCAP."),
         "split": Verb("fmdeploy.data.split:split", "Split a dataset by sequence and seed."),
         "audit": Verb("fmdeploy.data.audit:audit", "Find leakage between splits; exit 1 where there is any."),
         "info": Verb("fmdeploy.data.info:info", "Count what a dataset holds."),

@@ -12,7 +12,7 @@ from fmdeploy.training.config import TrainingConfig
 Method = Literal["lora", "adapter", "prompt", "bias-norm", "head"]
 Also = Literal["bias-norm", "head"]
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2, "alpha": 4.0, "convolutions": True, "targets": ()},
+    "lora": {"rank": 1, "alpha": 2.0, "convolutions": True, "targets": ()},
     "adapter": {"width": 8},
     "prompt": {"prompts": 8, "deep": True},
     "bias-norm": {},
@@ -28,8 +28,8 @@ class AdaptConfig(TrainingConfig):
     out: OutputPath = Field(description="Where the ADAPTER is written")
     method: Method = Field(default="lora", description="what is added or trained; docs/adaptation.md compares them")
     also: tuple[Also, ...] = Field(default=(), description="train these too; may be repeated")
-    rank: int | None = Field(default=None, ge=1, description="lora: rank of an update [default: 2]")
-    alpha: float | None = Field(default=None, gt=0, description="lora: updates are scaled by alpha / rank [default: 4]")
+    rank: int | None = Field(default=None, ge=1, description="lora: rank of an update [default: 1]")
+    alpha: float | None = Field(default=None, gt=0, description="lora: updates are scaled by alpha / rank [default: 2]")
     convolutions: bool | None = Field(default=None, description="lora: adapt convolutions too [default: yes]")
     targets: tuple[str, ...] = Field(default=(), description=(
         "lora, head: modules whose name begins so; may be repeated [default: all that the method can train]"))

@@ -83,6 +83,8 @@ def _set(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _fits(module: nn.Module, convolutions: bool) -> bool:
+    if next(module.children(), None) is not None:  # a bottleneck was merged here: it must see the sum, not a part of it
+        return False
     return plain_linear(module) or (convolutions and type(module) is nn.Conv2d and module.groups == 1)
 
 

@@ -15,8 +15,10 @@ from fmdeploy.task import Array
 from fmdeploy.teacher.encodings.base import Encoding
 
 SAMPLED = 4
-"""Samples of each shard, its first ones, whose error is measured (fewer where a block of the writer holds fewer): reading
-back all would double the work."""
+"""Samples of each shard, its first ones, whose error is measured (fewer where a block of the writer holds fewer).
+
+Reading back all would double the work.
+"""
 
 Sums = dict[str, float]
 

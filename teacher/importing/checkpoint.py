@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,11 @@ def _convert(path: Path, target: Path, max_bytes: int, seconds: float) -> dict[s
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Whatever it started ends with it: it leads a session of its own."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
+    if child.stdout is not None:
+        child.stdout.close()
 
 
 def _limits(max_bytes: int, seconds: float) -> Callable[[], None]:

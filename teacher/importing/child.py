@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,7 +52,8 @@ def convert(source: Path, target: Path, limit: int) -> dict[str, Any]:
 
     if zipfile.is_zipfile(source):
         refuse_zip(source, limit)
-    tensors, others = {}, 0
+    tensors: dict[str, Any] = {}
+    others = 0
     for name, value in flat(read(source)):
         if not is_plain_tensor(value):
             others += 1
@@ -106,7 +108,9 @@ def read(source: Path) -> Any:
     try:
         if source.suffix == ".safetensors":
             return load_file(source)
-        return torch.load(source, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to whoever wrote the file
+            return torch.load(source, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise Refused(f"is not a safetensors file: {first(error)}") from error
     except pickle.UnpicklingError as error:
@@ -124,7 +128,7 @@ def why_unsafe(text: str) -> str:
         return f"holds code: reading it would call {found[1]}"
     if "legacy .tar" in text or "TorchScript" in text:
         return "is of an old format that can hold code"
-    reason = text.split("Please file an issue", 1)[0].split("WeightsUnpickler error:")[-1]
+    reason = text.rsplit("WeightsUnpickler error:", 1)[-1].split("Check the documentation", 1)[0]
     return f"holds more than weights: {' '.join(reason.split())[:200]}"
 
 

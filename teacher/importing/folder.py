@@ -60,7 +60,7 @@ def load_folder(folder: Path) -> tuple[nn.Module, dict[str, Any], Fit]:
     if not any(folder.glob("*.safetensors")):
         pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])), None)
         raise ModelFileError("holds no safetensors file", where=folder, found=pickled.name if pickled else None,
-                             fix=f"Import that file: fmdeploy teacher import {pickled} --config {folder}"
+                             fix=f"Import that file: fmdeploy teacher import {pickled} --hf-config {folder}"
                              if pickled else None)
     encoder = make_encoder(values, where=folder / "config.json")
     with _quiet(transformers):
@@ -136,8 +136,8 @@ def for_input(encoder: nn.Module, values: Mapping[str, Any], family: Family, wid
 
 def resampled(position_1ND: Tensor, old: int, new: int, *, first: int) -> Tensor:
     """Position embeddings of `old` x `old` tokens for `new` x `new`, bicubic (arXiv:2010.11929, section 3.2)."""
-    grid_1NND = position_1ND[:, first:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    finer = F.interpolate(grid_1NND, (new, new), mode="bicubic", align_corners=False)
+    grid_1DNN = position_1ND[:, first:].transpose(1, 2).reshape(1, -1, old, old)
+    finer = F.interpolate(grid_1DNN, (new, new), mode="bicubic", align_corners=False)
     return torch.cat((position_1ND[:, :first], finer.flatten(2).transpose(1, 2)), dim=1).contiguous()
 
 

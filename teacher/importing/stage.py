@@ -44,7 +44,7 @@ class ImportConfig(StageConfig):
         description="Hugging Face folder of a DINOv2, ViT-MAE or I-JEPA, or a checkpoint (.pt, .pth, .safetensors)")
     out: OutputPath = Field(description="Where the TEACHER is written")
     task: str = Field(default="bev-occupancy", description="built-in task, or module:Class")
-    config: InputPath | None = Field(default=None, description=(
+    hf_config: InputPath | None = Field(default=None, description=(
         "checkpoint: Hugging Face folder or config.json that says what it is; none: the task's own teacher"))
     side: int | None = Field(default=None, ge=1, description=(
         "tokens a side of an imported encoder, a divisor of the input's width; none: nearest to its own"))
@@ -61,16 +61,16 @@ class ImportConfig(StageConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> ImportConfig:
-        if self.sizes() and (self.config is not None or self.source.is_dir()):
+        if self.sizes() and (self.hf_config is not None or self.source.is_dir()):
             raise ValueError(f"sizes are those of the imported encoder: leave out {', '.join(self.sizes())}")
-        if self.config is not None and self.source.is_dir():
+        if self.hf_config is not None and self.source.is_dir():
             raise ValueError("a folder brings its own config")
         return self
 
     def resolved(self) -> dict[str, Any]:
         """With hashes of what is imported in place of trust in its name."""
         return {**super().resolved(), "task_source": source_digest(self.task), "source": digest_of(self.source),
-                "config": None if self.config is None else digest_of(config_file(self.config))}
+                "hf_config": None if self.hf_config is None else digest_of(config_file(self.hf_config))}
 
     def sizes(self) -> dict[str, Any]:
         """The size options that were given, for `Task.teacher`."""
@@ -109,8 +109,8 @@ def _build(draft: Draft, config: ImportConfig, task: Task, data: Dataset | None)
     torch.manual_seed(config.seed)
     if config.source.is_dir():
         found = from_folder(config.source, task, config)
-    elif config.config is not None:
-        found = _from_checkpoint_with_config(config, config.config, task)
+    elif config.hf_config is not None:
+        found = _from_checkpoint_with_config(config, config.hf_config, task)
     else:
         found = _from_checkpoint(config, task)
     options = config.sizes()

@@ -5,7 +5,8 @@ the rest of the picture blanked in front of its convolutional stem; the predicto
 what the target encoder finds there. A network that gives every input the same features would do this without a fault:
 `collapse` watches for that.
 
-Legend: B samples, N tokens, K tokens of the context, T blocks of M tokens, D embedding.
+Legend: B samples, N tokens, K tokens of the context, T blocks of M tokens, D embedding,
+X = B * T or T * M.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class JepaConfig(CollapseConfig):
     context: float = Field(default=0.4, gt=0, lt=1, description="share of the tokens the backbone sees, at most")
     decay: float = Field(default=0.99, ge=0, le=1, description="of the moving target, at first")
     final_decay: float = Field(default=1.0, ge=0, le=1, description="at the last step; it rises linearly")
+    centre: bool = Field(default=True, description="take each place's mean over the batch from the targets first")
     width: int = Field(default=96, ge=4, description="width of the predictor")
     depth: int = Field(default=2, ge=1, description="its blocks")
     heads: int = Field(default=4, ge=1, description="its attention heads")
@@ -83,21 +85,23 @@ class Jepa(Objective):
         shown = {name: blanked(x, blank_BN) for name, x in inputs.items()}
         state_BKD = backbone_of(teacher, where=self.name).tokens(
             *input_list(self.task.io, shown), keep_BK=context_BK)
-        each = targets_BTM.unbind(1)
-        found = [self._miss(state_BKD, context_BK, asked_BM, wanted_BND) for asked_BM in each]
-        return {"predict": torch.stack(found).mean()}
+        said_BXD = self._predicted(state_BKD, context_BK, targets_BTM).float()
+        return {"predict": F.smooth_l1_loss(said_BXD, rows_at(wanted_BND, targets_BTM.flatten(1)))}
 
     @torch.no_grad()
     def _targets(self, inputs: dict[str, Tensor]) -> Tensor:
         """Layer-normed features (B, N, D) of everything, by the moving average."""
         tokens_BND = self.target.tokens(*input_list(self.task.io, inputs))[:, 1:].float()
         self.monitor.see(tokens_BND)
-        return standardised(tokens_BND)
+        return standardised(tokens_BND) if self.config.centre else F.layer_norm(tokens_BND, tokens_BND.shape[-1:])
 
-    def _miss(self, state_BKD: Tensor, context_BK: Tensor, asked_BM: Tensor, wanted_BND: Tensor) -> Tensor:
-        """The loss of one block: it is asked alone, so that blocks tell nothing about each other."""
-        filled_BME = self.predictor(state_BKD, context_BK, asked_BM)[:, context_BK.shape[1] :]
-        return F.smooth_l1_loss(self.leave(filled_BME).float(), rows_at(wanted_BND, asked_BM))
+    def _predicted(self, state_BKD: Tensor, context_BK: Tensor, targets_BTM: Tensor) -> Tensor:
+        """Predictions (B, T * M, D): every block is asked alone, so that blocks tell nothing about each other."""
+        batch, blocks, _ = targets_BTM.shape
+        each_XKD, each_XK = state_BKD.repeat_interleave(blocks, 0), context_BK.repeat_interleave(blocks, 0)
+        filled_XNE = self.predictor(each_XKD, each_XK, targets_BTM.flatten(0, 1))
+        said_BXD: Tensor = self.leave(filled_XNE[:, context_BK.shape[1] :]).reshape(batch, -1, self.leave.out_features)
+        return said_BXD
 
     def decay_at(self, step: int) -> float:
         """Weight of the target's past at a step: linear from `decay` to `final_decay` over the run."""

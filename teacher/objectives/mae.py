@@ -40,15 +40,18 @@ KIND = "mae"
 class MaeConfig(ObjectiveConfig):
     """Options of `mae`."""
 
-    masked: tuple[str, ...] = Field(default=(), description="bev, names of inputs; empty: all of them")
-    ratio: float = Field(default=0.5, gt=0, lt=1, description="share of the tokens dropped when `bev` is masked")
-    sensor_ratio: float = Field(default=0.35, gt=0, lt=1, description="share of the tokens, for each masked input")
+    masked: tuple[str, ...] = Field(default=(), description=(
+        "names of inputs, bev; empty: every input, or bev where there is one input"))
+    ratio: float | None = Field(default=None, gt=0, lt=1, description=(
+        "share of the tokens dropped when `bev` is masked; default: 0.2, or 0.6 where nothing else is"))
+    sensor_ratio: float = Field(default=0.45, gt=0, lt=1, description=(
+        "share of the tokens that are left in which an input is blanked, for each masked input"))
     width: int = Field(default=96, ge=4, description="width of the decoder")
     depth: int = Field(default=1, ge=1, description="its blocks")
     heads: int = Field(default=4, ge=1, description="its attention heads")
     loss: Literal["auto", "mse", "bce", "patch"] = Field(default="auto", description=(
         "mse and bce: deviation from what stands there on average, each channel alike; patch: MAE's normalised pixels;"
-        " auto: mse for named channels, else patch"))
+        " auto: bce for named channels between 0 and 1, else patch"))
     positive: float = Field(default=1.0, gt=0, description="weight of a cell that is 1, for bce")
 
     @model_validator(mode="after")
@@ -78,6 +81,10 @@ class MaskedReconstruction(Objective):
                                     for name, spec in rebuilt.items()})
         self.priors = nn.ModuleDict({name: PlacePrior(self.num_tokens, spec.shape[0], self._cells(spec))
                                      for name, spec in rebuilt.items() if self.loss_of(name) != "patch"})
+        for name, spec in rebuilt.items():
+            if config.loss == "bce" and spec.value_range != (0.0, 1.0):
+                raise ConfigError(f"bce needs values between 0 and 1 of input {name!r}", where="mae.loss",
+                                  found=spec.value_range, fix="Use mse or patch")
 
     def _cells(self, spec: TensorSpec) -> int:
         return (spec.shape[1] // self.side) * (spec.shape[2] // self.side)
@@ -85,14 +92,13 @@ class MaskedReconstruction(Objective):
     def _counts(self) -> dict[str, int]:
         """Hidden tokens of each way, disjoint; what is left goes through the transformer untouched."""
         several = len(self.specs) > 1
-        wanted = self.config.masked or ((BEV, *self.specs) if several else (BEV,))
+        wanted = self.config.masked or (tuple(self.specs) if several else (BEV,))
         if unknown := sorted(set(wanted) - {BEV, *self.specs}):
             raise ConfigError(f"cannot mask {unknown[0]!r}", where="mae.masked", expected=", ".join((BEV, *self.specs)))
-        shares = {name: self.config.ratio if name == BEV else self.config.sensor_ratio for name in wanted}
+        dropped = self.config.ratio or (0.6 if wanted == (BEV,) else 0.2)
         # Sensors share what `bev` leaves, so that ways never meet at a token.
-        room = 1 - shares.get(BEV, 0.0)
-        counts = {name: max(1, round(self.num_tokens * (share if name == BEV else share * room)))
-                  for name, share in shares.items()}
+        each = self.config.sensor_ratio * (1 - dropped if BEV in wanted else 1)
+        counts = {name: max(1, round(self.num_tokens * (dropped if name == BEV else each))) for name in wanted}
         if sum(counts.values()) > self.num_tokens - 1:
             raise ConfigError("hides every token", where=self.name, expected=f"fewer than {self.num_tokens}",
                               found=counts, fix="Lower mae.ratio or mae.sensor_ratio")
@@ -149,7 +155,8 @@ class MaskedReconstruction(Objective):
         """How the cells of input `name` are judged."""
         if self.config.loss != "auto":
             return self.config.loss
-        return "mse" if self.specs[name].channels else "patch"
+        spec = self.specs[name]
+        return "bce" if spec.channels and spec.value_range == (0.0, 1.0) else "patch"
 
 
 def in_order(rows_BND: Tensor, places_BN: Tensor) -> Tensor:

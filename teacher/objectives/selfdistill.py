@@ -23,7 +23,7 @@ from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.collapse import CollapseMonitor
 from fmdeploy.teacher.objectives.crops import GLOBAL, WHOLE, ViewConfig, Views, draw_views
 from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy, rising
-from fmdeploy.teacher.objectives.selfdistill_targets import Centre, PrototypeHead, cross_entropy, sinkhorn
+from fmdeploy.teacher.objectives.selfdistill_targets import Centre, PrototypeHead, Remembered, cross_entropy, sinkhorn
 from fmdeploy.training.distributed import mean_over_ranks
 from fmdeploy.training.loop import Losses, Tensors
 from fmdeploy.training.sampler import Index
@@ -34,13 +34,16 @@ KIND = "selfdistill"
 class SelfDistillationConfig(ViewConfig):
     """Options of `selfdistill`."""
 
-    prototypes: int = Field(default=256, ge=2, description="of frames, and as many of tokens")
+    prototypes: int = Field(default=64, ge=2, description="kinds of frames")
+    token_prototypes: int = Field(default=256, ge=2, description="kinds of tokens")
+    memory: int = Field(default=512, ge=1, description="views of former steps that Sinkhorn-Knopp balances frames with")
     hidden_width: int = Field(default=256, ge=2, description="width of the heads")
     bottleneck: int = Field(default=64, ge=2, description="width in which likeness to a prototype is a cosine")
     balance: Literal["sinkhorn", "centre"] = Field(default="sinkhorn", description=(
         "what keeps one prototype from taking everything"))
     centre_keep: float = Field(default=0.9, ge=0, lt=1, description="share of the old centre that stays")
-    teacher_temperature: float = Field(default=0.05, gt=0, le=1, description="of the targets")
+    frame_temperature: float = Field(default=0.05, gt=0, le=1, description="of the targets of frames")
+    token_temperature: float = Field(default=0.05, gt=0, le=1, description="of the targets of tokens")
     student_temperature: float = Field(default=0.1, gt=0, le=1, description="of the answers")
     keep: float = Field(default=0.98, ge=0, lt=1, description="share of its old weights the average keeps; rises to 1")
     patches: float = Field(default=1.0, ge=0, description="weight of the masked-token loss; 0 leaves it out")
@@ -51,9 +54,9 @@ class Heads(nn.Module):
 
     def __init__(self, dim: int, config: SelfDistillationConfig) -> None:
         super().__init__()
-        sizes = (dim, config.hidden_width, config.bottleneck, config.prototypes)
-        self.frame = PrototypeHead(*sizes)
-        self.token = PrototypeHead(*sizes) if config.patches else None
+        sizes = (dim, config.hidden_width, config.bottleneck)
+        self.frame = PrototypeHead(*sizes, config.prototypes)
+        self.token = PrototypeHead(*sizes, config.token_prototypes) if config.patches else None
 
 
 class SelfDistillation(Objective):
@@ -71,7 +74,8 @@ class SelfDistillation(Objective):
         self.target = MovingCopy(backbone)
         self.target_heads = MovingCopy(self.heads)
         self.frame_centre = Centre(config.prototypes, config.centre_keep)
-        self.token_centre = Centre(config.prototypes, config.centre_keep)
+        self.token_centre = Centre(config.token_prototypes, config.centre_keep)
+        self.remembered = Remembered(config.prototypes, config.memory)
         self.monitor = CollapseMonitor(config)
 
     def _backbone(self, teacher: nn.Module) -> TokenBackbone:
@@ -107,7 +111,10 @@ class SelfDistillation(Objective):
     def _frames(self, known_BD: Tensor, classes: Sequence[Tensor]) -> Tensor:
         """Cross entropy of every view but the same one against each global view, mean over the pairs."""
         scores_MK = self.target_heads.module.get_submodule("frame")(known_BD)
-        targets = self._balanced(scores_MK, self.frame_centre).chunk(GLOBAL)
+        if self.config.balance == "sinkhorn":
+            targets = self.remembered(scores_MK.chunk(GLOBAL), self.config.frame_temperature)
+        else:
+            targets = self.frame_centre(scores_MK, self.config.frame_temperature).chunk(GLOBAL)
         answers = [self.heads.frame(class_BD) for class_BD in classes]
         pairs = [cross_entropy(target, answer, self.config.student_temperature).mean()
                  for g, target in enumerate(targets) for v, answer in enumerate(answers) if v != g]
@@ -116,19 +123,13 @@ class SelfDistillation(Objective):
     def _tokens(self, known_BND: Tensor, state_BND: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
         """Cross entropy at hidden patches, and at all patches of a view that lacks a sensor, mean over them."""
         scores_BNK = self.target_heads.module.get_submodule("token")(known_BND)
-        target_BNK = self._balanced(scores_BNK.flatten(0, 1), self.token_centre).view_as(scores_BNK)
+        balance = sinkhorn if self.config.balance == "sinkhorn" else self.token_centre
+        target_BNK = balance(scores_BNK.flatten(0, 1), self.config.token_temperature).view_as(scores_BNK)
         lacking = drawn["missing"][:, :GLOBAL, None] != WHOLE
         asked_BN = (drawn["hidden"] | lacking).transpose(0, 1).flatten(0, 1).float()
         assert self.heads.token is not None
         loss_BN = cross_entropy(target_BNK, self.heads.token(state_BND), self.config.student_temperature)
         return (loss_BN * asked_BN).sum() / (mean_over_ranks(asked_BN.sum()).clamp_min(1))
-
-    def _balanced(self, scores_MK: Tensor, centre: Centre) -> Tensor:
-        temperature = self.config.teacher_temperature
-        if self.config.balance == "sinkhorn":
-            return sinkhorn(scores_MK, temperature)
-        found: Tensor = centre(scores_MK, temperature)
-        return found
 
     def after_step(self, teacher: nn.Module, step: int) -> Mapping[str, Tensor]:
         """Move the average and the centres, look for collapse."""
@@ -137,4 +138,5 @@ class SelfDistillation(Objective):
         self.target_heads.follow(self.heads, keep)
         self.frame_centre.follow()
         self.token_centre.follow()
+        self.remembered.follow()
         return self.monitor.report(step)

@@ -19,7 +19,7 @@ from fmdeploy.training.distributed import sum_over_ranks, world
 
 DEAD = 0.01  # share of the mean use below which a code is dead
 REBORN = 0.05  # share of the mean use that a restarted code begins with: some 80 updates to prove itself
-NEAR = 0.01  # mean square distance, of vectors of unit variance, below which a code of its own is not worth it
+NEAR = 1e-4  # mean square distance, of vectors of unit variance, below which a code of its own is not worth it
 EPSILON = 1e-6
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,9 +83,8 @@ def _fit(view: View, halves: tuple[int, ...] | None) -> Dense:
 
 
 def _moments(view: View, halves: tuple[int, ...] | None) -> Moments:
-    if halves is None:
-        return view.once(("moments", None), lambda: _summed(view, None))
-    each = [view.once(("moments", half), lambda half=half: _summed(view, half)) for half in halves]  # type: ignore[misc]
+    wanted: tuple[int | None, ...] = (None,) if halves is None else halves
+    each = [view.once(("moments", half), partial(_summed, view, half)) for half in wanted]
     return sum(each[1:], start=each[0])
 
 

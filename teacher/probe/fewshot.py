@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fmdeploy.evaluate.evaluation import evaluate
-from fmdeploy.subset import Subset
 from fmdeploy.models import input_list, named_outputs, predictor
+from fmdeploy.subset import Subset
 from fmdeploy.teacher.probe.base import Bench, Judged, NotMeasuredError, StatisticsRung, View
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import TrainingConfig

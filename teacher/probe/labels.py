@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmdeploy.arrays import Array, Arrays
+from fmdeploy.evaluate.metrics import Accuracy
 from fmdeploy.task import Task
 from fmdeploy.teacher.probe.view import NotMeasuredError
 
@@ -27,21 +28,28 @@ class Planes(NamedTuple):
 
 
 def class_labels(task: Task, targets: Arrays) -> Array:
-    """Class int64 (N,) of each sample: the first integer target that is one of a vector output's classes.
+    """Class int64 (N,) of each sample: what the task's accuracy is judged by, else a target named as a vector output.
 
     Raises:
         NotMeasuredError: the task has none.
     """
-    for spec in task.io.outputs:
-        label = targets.get(spec.name)
-        if len(spec.shape) == 1 and label is not None and label.ndim == 1 and label.dtype.kind in "iu":
-            return np.asarray(label, np.int64)
-    raise NotMeasuredError("the task has no class label")
+    label = targets.get(_class_names(task)[1])
+    if label is None or label.ndim != 1 or label.dtype.kind not in "iu":
+        raise NotMeasuredError("the task has no class label")
+    return np.asarray(label, np.int64)
 
 
 def class_count(task: Task) -> int:
     """Number of classes of that label."""
-    return next(spec.shape[0] for spec in task.io.outputs if len(spec.shape) == 1)
+    output = _class_names(task)[0]
+    return next(spec.shape[0] for spec in task.io.outputs if spec.name == output)
+
+
+def _class_names(task: Task) -> tuple[str, str]:
+    """Output and target of the classes."""
+    judged = [(metric.output, metric.target) for metric in task.metrics() if isinstance(metric, Accuracy)]
+    vectors = [(spec.name, spec.name) for spec in task.io.outputs if len(spec.shape) == 1]
+    return next(iter([*judged, *vectors]), ("", ""))
 
 
 def dense_planes(task: Task) -> Planes:

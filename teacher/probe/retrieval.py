@@ -53,8 +53,14 @@ class Retrieval(StatisticsRung):
 
 
 def recorded(ids: list[str]) -> tuple[Array, Array]:
-    """Number of its recording and frame number of each sample, from `<recording>/<frame>`."""
+    """Number of its recording and frame number of each sample, from `<recording>/<frame>`.
+
+    Raises:
+        NotMeasuredError: the names are others.
+    """
     parts = [name.rpartition("/") for name in ids]
+    if odd := [name for name, p in zip(ids, parts, strict=True) if not p[2].isdecimal()]:
+        raise NotMeasuredError(f"the sample {odd[0]!r} does not say which frame of a recording it is")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(p[0] for p in parts))}
     return np.array([numbers[p[0]] for p in parts]), np.array([int(p[2]) for p in parts])
 

@@ -135,10 +135,6 @@ class View:
         return Evaluation(ids, np.asarray(samples.groups, np.int64)[chosen], slices,
                           {metric.name: np.asarray(stats_NK, np.float64)}, data_key(self.choice.data.digest, split))
 
-    def release(self) -> None:
-        """Forget features and everything made from them."""
-        self._kept.clear()
-
     def _parts(self, split: str) -> list[Array]:
         index = self.index(split)
         return [index[at : at + BATCH] for at in range(0, len(index), BATCH)]

@@ -51,10 +51,14 @@ class PlantedTask(Task):
     def loss(self, outputs: Any, targets: Any) -> Any:
         raise AssertionError("nothing is trained here")
 
+    def distillation_loss(self, outputs: Any, teacher_outputs: Any) -> Any:
+        raise AssertionError("nothing is trained here")
+
     def teacher(self, options: Any) -> Any:
         raise AssertionError("nothing is built here")
 
-    student = distillation_loss = loss
+    def student(self, name: str, options: Any) -> Any:
+        raise AssertionError("nothing is built here")
 
 
 @dataclass
@@ -99,13 +103,13 @@ class Planted:
     def view(self, make: Any) -> View:
         """One network's view."""
         rng = np.random.default_rng(1)
-        samples = {split: self._samples(split, *make(split), rng) for split in self.counts}
+        samples = {split: self._samples(split, make(split), rng) for split in self.counts}
         task = PlantedTask(samples)
         data: Any = Splits({split: ids for split, ids in self.ids.items() if ids})
         return View(Subject("planted", task, features=_as_features), SplitChoice(task, data, {}))
 
-    def _samples(self, split: str, pooled: Array | None, maps: Array | None, rng: np.random.Generator) -> ArraySamples:
-        count = self.counts[split]
+    def _samples(self, split: str, made: tuple[Array | None, Array | None], rng: np.random.Generator) -> ArraySamples:
+        (pooled, maps), count = made, self.counts[split]
         pooled = rng.normal(size=(count, 6)) if pooled is None else pooled
         maps = rng.normal(size=(count, 6, SIDE, SIDE)) if maps is None else maps
         inputs = {"pooled": pooled.astype(np.float32), "map": maps.astype(np.float32)}

@@ -7,6 +7,7 @@ highway-env (https://github.com/Farama-Foundation/HighwayEnv, MIT) is a driving 
 - building an environment resets it without a seed, so environments are built once a process and reset with a seed;
 - the intersection overwrites the IDM constants *of the class*, so that every later scene would drive differently
   (and a dataset would depend on which process recorded which scene): they are put back after each scene;
+- the parking lot has stalls and no aisles, a mark where to park and walls 70 m long: see lot.py;
 - the racetrack's ego is a plain `Vehicle` without a target lane, from which `IDMVehicle.create_from` raises.
 """
 
@@ -28,10 +29,14 @@ import numpy as np
 from fmdeploy.arrays import Array
 from fmdeploy.optional import require
 
-Scenario = Literal["highway", "merge", "roundabout", "intersection", "exit", "two-way", "u-turn", "racetrack"]
+Scenario = Literal[
+    "highway", "merge", "roundabout", "intersection", "exit", "two-way", "u-turn", "racetrack", "parking",
+]
 SCENARIOS: tuple[Scenario, ...] = (
     "highway", "merge", "roundabout", "intersection", "exit", "two-way", "u-turn", "racetrack",
 )
+"""Scenarios on the road: those that are recorded unless others are asked for."""
+OFF_ROAD: tuple[Scenario, ...] = ("parking",)
 _ENVIRONMENTS: dict[Scenario, str] = {
     "highway": "highway_env:HighwayEnv",
     "merge": "merge_env:MergeEnv",
@@ -41,6 +46,7 @@ _ENVIRONMENTS: dict[Scenario, str] = {
     "two-way": "two_way_env:TwoWayEnv",
     "u-turn": "u_turn_env:UTurnEnv",
     "racetrack": "racetrack_env:RacetrackEnv",
+    "parking": "parking_env:ParkingEnv",
 }
 _OPTIONS: dict[str, Any] = {
     "observation": {"type": "Kinematics", "vehicles_count": 1, "normalize": False},  # the cheapest: nobody looks at it
@@ -72,7 +78,7 @@ def _environment(scenario: Scenario) -> Any:
     kind = getattr(load(f"highway_env.envs.{module}"), name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return kind(dict(_OPTIONS))
+        return kind({**_OPTIONS, **({"add_walls": False} if scenario == "parking" else {})})
 
 
 def version() -> str:
@@ -115,6 +121,22 @@ def as_driver(vehicle: Any) -> Any:
 def new_driver(road: Any, lane_index: tuple[str, str, int], along: float, speed: float) -> Any:
     """An `IDMVehicle` at the centre of a lane, `along` metres from its start, at `speed` m/s. Not yet on the road."""
     return load("highway_env.vehicle.behavior").IDMVehicle.make_on_lane(road, lane_index, along, speed=speed)
+
+
+def new_parked(road: Any, position: Array, heading: float, length: float, width: float) -> Any:
+    """A vehicle that stands where it is, as one of highway-env's obstacles. Not yet on the road."""
+    parked = load("highway_env.vehicle.objects").Obstacle(road, position, heading=heading)
+    parked.LENGTH, parked.WIDTH = length, width
+    parked.diagonal = float(np.hypot(length, width))
+    return parked
+
+
+def add_straight(road: Any, start: str, end: str, points: tuple[tuple[float, float], tuple[float, float]],
+                 width: float) -> None:
+    """Add an unmarked straight lane from node `start` to node `end`, between two world points, `width` metres wide."""
+    module = load("highway_env.road.lane")
+    none = (module.LineType.NONE, module.LineType.NONE)
+    road.network.add_lane(start, end, module.StraightLane(*points, width=width, line_types=none))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ Mirroring a scene left-right is flipping the last axis.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from fmdeploy.arrays import Array
@@ -20,7 +22,7 @@ GRID = 64
 CELL_M = 1.0
 HALF_M = GRID * CELL_M / 2
 REACH_M = HALF_M * np.sqrt(2.0)
-_WINDOW = np.stack(np.meshgrid(np.arange(-5, 6), np.arange(-5, 6), indexing="ij"), -1).reshape(-1, 2)
+_REACH = 5  # cells around a box's centre that are looked at: enough for boxes of 9 m
 _MAP_CELL_M = 0.5
 _SPACING_M = 0.35  # below 0.5 m / sqrt(2): every map cell of a lane gets a point, however the lane is turned
 _INSET_M = 0.15  # a map cell that is touched counts whole; 2 x 0.15 m between two lanes still leaves no gap
@@ -65,9 +67,11 @@ def draw_boxes(box_TN5: Array) -> Array:
     """Bool (T, 64, 64): cells whose centre lies in one of the boxes (T, N, 5) x, y, yaw, length, width."""
     grid_TGG = np.zeros((len(box_TN5), GRID, GRID), bool)
     centre_TN2 = box_TN5[..., :2]
-    frame, number = np.nonzero((np.abs(centre_TN2) < HALF_M + 6).all(axis=-1))
+    longest = np.nanmax(np.hypot(box_TN5[..., 3], box_TN5[..., 4]), initial=0.0)
+    reach = max(_REACH, int(np.ceil(longest / 2 / CELL_M)))
+    frame, number = np.nonzero((np.abs(centre_TN2) < HALF_M + reach + 1).all(axis=-1))
     box_P5 = box_TN5[frame, number]
-    cell_PW2 = np.floor(HALF_M - box_P5[:, None, :2]).astype(int) + _WINDOW
+    cell_PW2 = np.floor(HALF_M - box_P5[:, None, :2]).astype(int) + _window(reach)
     offset_PW2 = HALF_M - CELL_M / 2 - cell_PW2 - box_P5[:, None, :2]
     cos, sin = np.cos(box_P5[:, 2, None]), np.sin(box_P5[:, 2, None])
     along = np.abs(offset_PW2[..., 0] * cos + offset_PW2[..., 1] * sin) <= box_P5[:, 3, None] / 2
@@ -76,6 +80,13 @@ def draw_boxes(box_TN5: Array) -> Array:
     cell_P2 = cell_PW2[hit]
     grid_TGG[np.broadcast_to(frame[:, None], hit.shape)[hit], cell_P2[:, 0], cell_P2[:, 1]] = True
     return grid_TGG
+
+
+@functools.cache
+def _window(reach: int) -> Array:
+    """Offsets (W, 2) of the cells around a box's centre."""
+    side = np.arange(-reach, reach + 1)
+    return np.stack(np.meshgrid(side, side, indexing="ij"), -1).reshape(-1, 2)
 
 
 def draw_points(point_TP2: Array, keep_TP: Array | None = None) -> Array:

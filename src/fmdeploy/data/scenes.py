@@ -9,12 +9,13 @@ happens and drivers are added near it. Every vehicle drives by itself; the egos 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from fmdeploy.arrays import Array
 from fmdeploy.data.highway import Lane, Scenario, lanes_of, new_driver, open_road
+from fmdeploy.data.lot import AISLE_M, AISLES, STALLS, park, pave
 from fmdeploy.data.traffic import Traffic
 
 FRAME_S = 0.2
@@ -24,6 +25,10 @@ KEEP_M = 100.0
 CROWD_M = 70.0
 PUSHY = 0.25
 """Share of drivers that keep short gaps and change lanes into them: stock drivers never cut in."""
+MOVED_M, MOVED_SLOW_M = 5.0, 1.5
+"""An ego moves at least this far; the second is for slow scenes."""
+Profile = Literal["road", "airside"]
+"""airside: everybody at walking to cycling speed, half as many drivers again, closer together, parked vehicles."""
 X, Y, HEADING, SPEED, LENGTH, WIDTH = range(6)
 
 
@@ -42,6 +47,12 @@ class Setting(NamedTuple):
     """Roads on which nobody is added."""
     goals: tuple[str, ...] = ()
     lane_changes: bool = True
+    gap: tuple[float, float] = (9.0, 15.0)
+    """Free length around an added driver, in metres; drawn once a scene."""
+    parked: tuple[int, int] = (0, 0)
+    """How many vehicles stand around (at most)."""
+    slow: bool = False
+    """Everybody keeps to `speed` and drives up close."""
 
 
 SETTINGS: dict[Scenario, Setting] = {
@@ -54,7 +65,21 @@ SETTINGS: dict[Scenario, Setting] = {
     "two-way": Setting((("a", "b"),), (200, 400), (15, 24), (10, 14), lane_changes=False),
     "u-turn": Setting((("a", "b"),), (30, 105), (6, 14), (7, 13), goals=("d",)),
     "racetrack": Setting((), (0, 0), (5, 9), (7, 12)),
+    "parking": Setting(AISLES, (AISLE_M / 2 - 25, AISLE_M / 2 + 5), (1, 4), (8, 14), closed=STALLS, gap=(7.0, 9.0),
+                       parked=(14, 24), slow=True),
 }
+AIRSIDE: dict[str, Any] = {"speed": (1, 4), "gap": (7.0, 9.0), "slow": True}
+AIRSIDE_PARKED = (8, 16)
+
+
+def setting_of(scenario: Scenario, profile: Profile = "road") -> Setting:
+    """How a scenario is filled under a profile."""
+    setting = SETTINGS[scenario]
+    if profile == "road":
+        return setting
+    fewest, most = setting.crowd
+    return setting._replace(**AIRSIDE, crowd=(fewest * 3 // 2, most * 3 // 2),
+                            parked=tuple(map(max, setting.parked, AIRSIDE_PARKED)))
 
 
 @dataclass(frozen=True)
@@ -74,16 +99,24 @@ class Scene:
     """Columns that stay on the road, uncrashed, for the whole scene; highway-env's own ego first where it does."""
 
 
-def simulate(scenario: Scenario, seed: int, *, frames: int = 40, egos: int = 2) -> Scene:
+def simulate(
+    scenario: Scenario, seed: int, *, frames: int = 40, egos: int = 2, profile: Profile = "road"
+) -> Scene:
     """Simulate one scene of `frames` frames at 5 Hz and choose up to `egos` vehicles to look from.
 
     Equal arguments give equal arrays, whatever was simulated before.
     """
-    rng = np.random.default_rng([seed, 1])
+    rng, setting = np.random.default_rng([seed, 1]), setting_of(scenario, profile)
     with open_road(scenario, seed) as (road, ego):
-        ego = _place(road, ego, scenario, rng)
-        _crowd(road, ego, SETTINGS[scenario], scenario, rng)
+        if scenario == "parking":
+            pave(road)
+        ego = _place(road, ego, setting, scenario, rng)
+        _crowd(road, ego, setting, scenario, rng)
         _vary_sizes(road, rng)
+        if setting.slow:
+            _slow_down(road, setting, rng)
+        if setting.parked[1]:
+            park(road, int(rng.integers(*setting.parked, endpoint=True)), ego.position, CROWD_M, rng)
         track = _Track(road, frames)
         traffic = Traffic(road)
         for frame in range(frames):
@@ -92,7 +125,8 @@ def simulate(scenario: Scenario, seed: int, *, frames: int = 40, egos: int = 2) 
             for _ in range(STEPS_PER_FRAME if frame + 1 < frames else 0):
                 traffic.step(FRAME_S / STEPS_PER_FRAME)
         return Scene(scenario, seed, traffic.table.lanes, track.box_TN6, track.lane_TN, track.along_TN,
-                     _choose_egos(track, track.vehicles.index(ego), egos, rng))
+                     _choose_egos(track, track.vehicles.index(ego), egos,
+                                  MOVED_SLOW_M if setting.slow else MOVED_M, rng))
 
 
 class _Track:
@@ -123,9 +157,8 @@ class _Track:
         self.sound_N &= fit_N
 
 
-def _place(road: Any, ego: Any, scenario: Scenario, rng: np.random.Generator) -> Any:
+def _place(road: Any, ego: Any, setting: Setting, scenario: Scenario, rng: np.random.Generator) -> Any:
     """Move the ego to where its scenario happens and let it go; drop the vehicles that are too far to matter."""
-    setting = SETTINGS[scenario]
     if setting.lanes:
         start, end = setting.lanes[rng.integers(len(setting.lanes))]
         rank = 1 if scenario == "two-way" else int(rng.integers(len(road.network.graph[start][end])))
@@ -139,7 +172,7 @@ def _place(road: Any, ego: Any, scenario: Scenario, rng: np.random.Generator) ->
 
 def _crowd(road: Any, ego: Any, setting: Setting, scenario: Scenario, rng: np.random.Generator) -> None:
     """Add drivers on the lanes around the ego, as many as fit with a gap that differs from scene to scene."""
-    wanted, gap = rng.integers(*setting.crowd, endpoint=True), rng.uniform(9.0, 15.0)
+    wanted, gap = rng.integers(*setting.crowd, endpoint=True), rng.uniform(*setting.gap)
     places = [(lane, s) for lane in lanes_of(road) if _is_open(lane, setting, scenario) for s in _near(lane, ego)]
     for number in rng.permutation(len(places)):
         lane, along = places[number]
@@ -206,6 +239,13 @@ def _vary_sizes(road: Any, rng: np.random.Generator) -> None:
         vehicle.diagonal = float(np.hypot(vehicle.LENGTH, vehicle.WIDTH))
 
 
+def _slow_down(road: Any, setting: Setting, rng: np.random.Generator) -> None:
+    """Everybody at a slow speed of their own, closing up to a car's length less than highway-env's drivers do."""
+    for driver in road.vehicles:
+        driver.speed = driver.target_speed = rng.uniform(*setting.speed)
+        driver.DISTANCE_WANTED = driver.LENGTH + 2.0
+
+
 def _remove_leavers(road: Any, traffic: Traffic) -> None:
     """Take vehicles off that went past the end of the map."""
     on_N = np.any(traffic.table.holds(traffic.along_NL, traffic.lateral_NL, margin=3.0), axis=1)
@@ -214,11 +254,13 @@ def _remove_leavers(road: Any, traffic: Traffic) -> None:
         traffic.locate()
 
 
-def _choose_egos(track: _Track, first: int, count: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Sound vehicles that moved and had company; the stock ego first, the others by chance."""
+def _choose_egos(
+    track: _Track, first: int, count: int, least: float, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Sound vehicles that moved `least` metres and had company; the stock ego first, the others by chance."""
     position_TN2 = track.box_TN6[..., :2]
     gap_TN = np.linalg.norm(position_TN2 - position_TN2[:, first : first + 1], axis=-1)
-    moved_N = np.linalg.norm(position_TN2[-1] - position_TN2[0], axis=-1) > 5.0
+    moved_N = np.linalg.norm(position_TN2[-1] - position_TN2[0], axis=-1) > least
     near_N = gap_TN[0] < CROWD_M
     fit = np.flatnonzero(track.sound_N & moved_N & near_N)
     shuffled = rng.permutation(fit)

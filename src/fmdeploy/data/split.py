@@ -30,11 +30,9 @@ from fmdeploy.manifest import Kind
 METRES_PER_DEGREE = 111_320.0  # of latitude, and of longitude at the equator
 
 
-class SplitConfig(StageConfig):
-    """How to split."""
+class SplitRules(StageConfig):
+    """How sequences are divided."""
 
-    data: InputPath = Field(description="The DATASET to split anew")
-    out: OutputPath = Field(description="Folder of the new DATASET")
     by: str = Field(default="seed", min_length=1, description=(
         "What stays together: 'seed', 'sequence', 'geography' (tiles of 'position'), or any key of the metadata, such "
         "as route, scenario, place, date, map_version"))
@@ -48,12 +46,19 @@ class SplitConfig(StageConfig):
     seed: int = Field(default=0, ge=0, description="Which of the possible splits")
 
     @model_validator(mode="after")
-    def _agree(self) -> SplitConfig:
+    def _agree(self) -> SplitRules:
         if self.val + self.test >= 1:
             raise ValueError(f"val + test must leave something to train on, found {self.val} + {self.test}")
         if twice := sorted(set(self.val_values) & set(self.test_values)):
             raise ValueError(f"{twice[0]!r} is held out for both val and test")
         return self
+
+
+class SplitConfig(SplitRules):
+    """How to split."""
+
+    data: InputPath = Field(description="The DATASET to split anew")
+    out: OutputPath = Field(description="Folder of the new DATASET")
 
 
 @command(SplitConfig)
@@ -65,39 +70,39 @@ def split(config: SplitConfig) -> Artifact:
         LeakageError: the split would leak: sequences of one seed, simulation or recording in two splits.
     """
     data = open_unchecked(config.data)
-    chosen = divide(data, config)
+    chosen = divide(data.sequences, config, config.data)
     refuse_leaks(data.sequences, chosen, config.data)
     return produce(config.out, Kind.DATASET, stage="data split", config=config, inputs={"data": data.artifact},
                    build=lambda draft: _build(draft, data, chosen))
 
 
-def divide(data: Dataset, config: SplitConfig) -> dict[str, list[str]]:
+def divide(sequences: Sequence[SequenceInfo], config: SplitRules, where: object) -> dict[str, list[str]]:
     """Split name → sequence ids in index order, as the configuration asks; whether it leaks is another question.
 
     Raises:
         DataError: the metadata lacks the key or the value, or a split would be empty.
     """
-    value_of = {sequence.id: _value(sequence, config) for sequence in data.sequences}
+    value_of = {sequence.id: _value(sequence, config) for sequence in sequences}
     if absent := sorted({*config.val_values, *config.test_values} - set(value_of.values())):
         known = sorted(set(value_of.values()))
-        raise DataError(f"no sequence has {config.by} {absent[0]!r}", where=config.data,
+        raise DataError(f"no sequence has {config.by} {absent[0]!r}", where=where,
                         found=", ".join(known[:12]) + (", ..." if len(known) > 12 else ""))
     if config.val_values or config.test_values:
         held = {**dict.fromkeys(config.val_values, "val"), **dict.fromkeys(config.test_values, "test")}
         place = {sequence: held.get(value, "train") for sequence, value in value_of.items()}
     else:
-        place = _deal(data.sequences, value_of, config)
-    chosen = {name: [s.id for s in data.sequences if place[s.id] == name] for name in SPLITS}
+        place = _deal(sequences, value_of, config)
+    chosen = {name: [s.id for s in sequences if place[s.id] == name] for name in SPLITS}
     wanted = {"train"} | {name for name, share in (("val", config.val), ("test", config.test)) if share > 0}
     if config.val_values or config.test_values:
         wanted = {"train", *held.values()}
     if empty := [name for name in SPLITS if name in wanted and not chosen[name]]:
-        raise DataError(f"the split {empty[0]!r} would be empty", where=config.data,
+        raise DataError(f"the split {empty[0]!r} would be empty", where=where,
                         found=f"{len(set(value_of.values()))} values of {config.by}")
     return chosen
 
 
-def _value(sequence: SequenceInfo, config: SplitConfig) -> str:
+def _value(sequence: SequenceInfo, config: SplitRules) -> str:
     key = config.by
     if key == "sequence":
         return sequence.id
@@ -127,7 +132,7 @@ def tile_of(sequence: SequenceInfo, side_m: float) -> str:
     return f"{row}:{math.floor(position[1] * METRES_PER_DEGREE * parallel / side_m)}"
 
 
-def _deal(sequences: Sequence[SequenceInfo], value_of: dict[str, str], config: SplitConfig) -> dict[str, str]:
+def _deal(sequences: Sequence[SequenceInfo], value_of: dict[str, str], config: SplitRules) -> dict[str, str]:
     """Deal the units out at random, scenario after scenario, each to the split that is most behind its share."""
     units: dict[str, list[SequenceInfo]] = defaultdict(list)
     for sequence in sequences:
@@ -147,7 +152,7 @@ def _deal(sequences: Sequence[SequenceInfo], value_of: dict[str, str], config: S
     return place
 
 
-def _in_order(names: Sequence[str], units: dict[str, list[SequenceInfo]], config: SplitConfig) -> dict[str, str]:
+def _in_order(names: Sequence[str], units: dict[str, list[SequenceInfo]], config: SplitRules) -> dict[str, str]:
     """The first units train, then validation, the last ones test; each unit goes where its middle falls."""
     total, seen, place = sum(map(len, units.values())), 0, {}
     for name in names:

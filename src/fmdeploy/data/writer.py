@@ -53,6 +53,14 @@ class DatasetWriter:
         frames = next(iter(lengths.values()))
         self.index.append({"id": sequence, "shard": shard, "frames": frames, "metadata": dict(metadata)})
 
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of the shard that is open; an unfinished dataset is dropped with its draft."""
+        if self._tar is not None:
+            self._tar.close()
+
     def close(self, splits: Mapping[str, Sequence[str]]) -> None:
         """Write the index, the splits and the counts.
 

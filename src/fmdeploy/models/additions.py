@@ -46,7 +46,8 @@ class Bottleneck(nn.Module):
 
     def after(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Forward hook of the layer (B, N, D)."""
-        return output + self.up(F.gelu(self.down(output)))
+        y: Tensor = output + self.up(F.gelu(self.down(output)))
+        return y
 
 
 class Prompts(nn.Module):

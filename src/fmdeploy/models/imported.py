@@ -115,7 +115,7 @@ class ImportedBackbone(TokenBackbone):
             state_BND = block(state_BND)
         state_BND = self.encoder.get_submodule("layernorm")(state_BND)
         if self.family.has_class:
-            return state_BND
+            return torch.as_tensor(state_BND)
         return torch.cat((state_BND.mean(dim=1, keepdim=True), state_BND), dim=1)
 
     def _embedded(self, x_BCII: Tensor, keep_BK: Tensor | None) -> Tensor:

@@ -33,7 +33,9 @@ def block_ends(network: nn.Module) -> dict[str, nn.Linear]:
     """
     found = {}
     for at, block in transformer_blocks(network).items():
-        layers = {name: module for name, module in block.named_modules() if plain_linear(module)}
+        every = {name: module for name, module in block.named_modules() if plain_linear(module)}
+        # What hangs below a layer was added to it (models/additions.py).
+        layers = {name: module for name, module in every.items() if not any(name.startswith(f"{n}.") for n in every)}
         width = max((module.in_features for name, module in layers.items() if not _is_end(name)), default=0)
         narrow = min((module.in_features for module in layers.values()), default=width)
         for name, module in layers.items():

@@ -1,6 +1,6 @@
 """What must be summed over all processes so that two of them compute what one would.
 
-Legend: B batch, C channels, H W rows and columns.
+Legend: B batch, C channels, H W rows and columns, R processes.
 """
 
 from __future__ import annotations
@@ -74,15 +74,11 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         """Normalise `(B, C, H, W)`; outside training this is the ordinary BatchNorm."""
         if not self.training:
             return super().forward(x_BCHW)
-        wide_BCHW = x_BCHW.float()
+        y_BCHW, mean_C, var_C = _SharedNorm.apply(  # type: ignore[no-untyped-call]
+            x_BCHW.float(), self.weight, self.bias, self.eps)
         count = x_BCHW.numel() / x_BCHW.shape[1] * world()[1]
-        mean_C = sum_over_ranks(wide_BCHW.sum((0, 2, 3))) / count
-        centred_BCHW = wide_BCHW - mean_C[:, None, None]
-        var_C = sum_over_ranks(centred_BCHW.square().sum((0, 2, 3))) / count
-        self._follow(mean_C.detach(), var_C.detach() * (count / (count - 1)))
-        scale_C = self.weight * torch.rsqrt(var_C + self.eps)
-        y_BCHW = centred_BCHW * scale_C[:, None, None] + self.bias[:, None, None]
-        return y_BCHW.to(x_BCHW.dtype)
+        self._follow(mean_C, var_C * (count / (count - 1)))
+        return y_BCHW.to(x_BCHW.dtype)  # type: ignore[no-any-return]
 
     def _follow(self, mean_C: Tensor, var_C: Tensor) -> None:
         for buffer, value_C in ((self.running_mean, mean_C), (self.running_var, var_C)):
@@ -90,3 +86,42 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
                 buffer.lerp_(value_C, self.momentum or 0.1)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+
+
+class _SharedNorm(torch.autograd.Function):
+    """Normalises by mean and variance over all processes, which hold equally many samples.
+
+    The kernels are those of BatchNorm on one process; one message each way makes up for what the others hold. Each
+    process's own mean and variance are put together after Chan et al. (Stanford CS-79-773): sums of x and of its square
+    would cancel where the mean is large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> tuple[Tensor, ...]:
+        own_2C = torch.stack(torch.batch_norm_update_stats(x_BCHW, None, None, 0.0))
+        rank, size = world()
+        all_R2C = own_2C.new_zeros(size, *own_2C.shape)
+        all_R2C[rank] = own_2C
+        dist.all_reduce(all_R2C)
+        means_RC, vars_RC = all_R2C.unbind(1)
+        mean_C = means_RC.mean(0)
+        var_C = vars_RC.mean(0) + (means_RC - mean_C).square().mean(0)
+        ctx.save_for_backward(x_BCHW, weight_C, mean_C, torch.rsqrt(var_C + eps))
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean_C, var_C)
+        y_BCHW = torch.nn.functional.batch_norm(x_BCHW, mean_C, var_C, weight_C, bias_C, training=False, eps=eps)
+        return y_BCHW, mean_C, var_C
+
+    @staticmethod
+    def backward(ctx: Any, dy_BCHW: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x_BCHW, weight_C, mean_C, inverse_C = ctx.saved_tensors
+        dx_BCHW, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
+            dy_BCHW, x_BCHW, weight_C, None, None, mean_C, inverse_C, True, ctx.eps, [True, True, True])
+        # The kernel has taken away the means of dy and of dy * xhat over this process's samples, not over all.
+        own_2C = torch.stack([dbias_C, dweight_C]) / (x_BCHW.numel() / x_BCHW.shape[1])
+        total_2C = own_2C.clone()
+        dist.all_reduce(total_2C)
+        shift_C, slope_C = (own_2C - total_2C / world()[1]) * weight_C * inverse_C
+        slope_C = slope_C * inverse_C
+        dx_BCHW.add_((shift_C - slope_C * mean_C)[:, None, None]).addcmul_(x_BCHW, slope_C[:, None, None])
+        return dx_BCHW, dweight_C, dbias_C, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ TASK = load_task("bev-occupancy")
 EVERYTHING = Augmentation.of(("flip", "translate", "crop"), TASK.io, {})
 
 
-def _still(count: int) -> np.ndarray:
+def _still(count: int) -> Any:
     return np.zeros(count, bool)
 
 
@@ -46,7 +48,8 @@ def test_features_move_as_far_as_the_inputs_that_they_describe() -> None:
 def test_arrays_and_tensors_are_moved_alike() -> None:
     geometry = EVERYTHING.draw(4, seed=0, step=3)
     value = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
-    tensors = moved(torch.from_numpy(value), Geometry(torch.from_numpy(geometry.flip), torch.from_numpy(geometry.box_B4)))
+    box: Any = torch.from_numpy(geometry.box_B4)
+    tensors = moved(torch.from_numpy(value), Geometry(torch.from_numpy(geometry.flip), box))
     assert np.array_equal(moved(value, geometry), tensors.numpy())
     half = moved(value.astype(np.float16), geometry)
     assert half.dtype == np.float16
@@ -99,8 +102,8 @@ def test_unknown_options_and_tasks_without_maps_are_refused() -> None:
 
 def test_reduction_pools_inputs_labels_and_answers_consistently() -> None:
     rng = np.random.default_rng(0)
-    values = {"bev": rng.normal(size=(2, 5, 64, 64)).astype(np.float32), "scene": rng.normal(size=(2, 8)),
-              "feature.tokens": rng.normal(size=(2, 6, 8, 8)).astype(np.float16)}
+    values: dict[str, Any] = {"bev": rng.normal(size=(2, 5, 64, 64)).astype(np.float32), "scene": rng.normal(size=(2, 8)),
+                              "feature.tokens": rng.normal(size=(2, 6, 8, 8)).astype(np.float16)}
     small = reduced(values, 2, mean=False)
     windows = values["bev"].reshape(2, 5, 32, 2, 32, 2)
     assert np.array_equal(small["bev"], windows.max((3, 5)))

@@ -48,9 +48,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(data=folder / "data", out=folder / "two", steps=3, seed=1, **TEACHER)
     sizes = {name: value for name, value in TEACHER.items() if name not in ("precision", "batch")}
     torch.manual_seed(0)
-    produce(folder / "ssl", Kind.TEACHER, stage="pre-train", config=_Plain(), inputs={"data": data}, build=lambda draft: (
-        save_model(draft, TASK.teacher(sizes), task="bev-occupancy", role="teacher", name="", options=sizes, heads=False),
-        draft.write_json("metrics.json", {}))[1])
+    produce(folder / "ssl", Kind.TEACHER, stage="pre-train", config=_Plain(), inputs={"data": data},
+            build=lambda draft: save_model(draft, TASK.teacher(sizes), task="bev-occupancy", role="teacher", name="",
+                                           options=sizes, heads=False))
     for name in (*BOTH, "ssl"):
         cache(teacher=folder / name, data=folder / "data", out=folder / f"{name}-features", precision="fp32")
     return folder
@@ -194,8 +194,9 @@ def test_a_student_of_one_resolution_is_refused(
 
 def _assembled(home: Path, folder: Path, **changes: Any) -> Assembly:
     folder.mkdir(exist_ok=True)
+    options: dict[str, Any] = SMALL | changes
     config = DistillConfig(data=home / "data", out=folder, teacher=(home / "one",), features=(home / "one-features",),
-                           **(SMALL | changes))
+                           **options)
     return assemble(config, sources_of(config), folder=folder / "work", log=folder / "log.jsonl")
 
 

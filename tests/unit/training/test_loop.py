@@ -59,7 +59,7 @@ def test_it_learns_and_logs_every_step(tmp_path: Path) -> None:
     assert set(log[0]) == {"step", "lr", "grad_norm", "loss", "square", "size"}
     assert log[0]["loss"] == pytest.approx(log[0]["square"] + log[0]["size"])
     assert timing.steps == 300
-    assert 0 <= timing.as_note()["data_wait_share"] < 1
+    assert 0 <= float(timing.as_note()["data_wait_share"]) < 1
 
 
 @pytest.mark.parametrize("steps_before", [20, 33, 47])

@@ -150,14 +150,15 @@ def test_the_time_spent_waiting_is_told_while_it_trains(tmp_path: Path) -> None:
 
 
 class _Scaled:
-    """Gives the loop an accelerator that scales the loss, as one for fp16 on a GPU does, on the CPU."""
+    """Gives the loop an accelerator that computes in fp16 and scales the loss on the CPU, as it does on a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.scalers: list[torch.amp.GradScaler] = []
         monkeypatch.setattr(loop, "make_accelerator", self)
 
     def __call__(self, precision: str, sharding: Any = None) -> Any:
-        made = make_accelerator("fp32", sharding)
+        made = make_accelerator("fp16", sharding)
+        made.native_amp = True
         made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
         self.scalers.append(made.scaler)
         return made
@@ -168,7 +169,7 @@ def test_a_scaled_run_skips_an_overflow_and_resumes_with_its_scale(
 ) -> None:
     """The real scaler: it halves at the overflow of step 12, grows every 7 good steps, and a checkpoint keeps it."""
     def scale(step: int) -> float:
-        return 1e18 if step == 12 else 1.0  # its gradient, times 1,024, is beyond fp32
+        return 1e3 if step == 12 else 1.0  # its gradient, times the scale, is beyond fp16
 
     config, scaled = _config(steps=40, divergence=0.0), _Scaled(monkeypatch)
     whole = _job(tmp_path / "whole", scale)
@@ -195,4 +196,4 @@ def test_scaling_changes_nothing_but_rounding(tmp_path: Path, monkeypatch: pytes
     scaled = _job(tmp_path / "scaled", lambda step: 1.0)
     fit(scaled, _config(steps=30))
     for ours, theirs in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-3)  # of a way of up to 0.03

@@ -23,6 +23,12 @@ def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _see_the_same(monitor: CollapseMonitor, steps: range) -> None:
+    for step in steps:
+        monitor.see(torch.ones(16, 4, 8))
+        monitor.report(step)
+
+
 def test_effective_rank_of_equal_singular_values_is_their_number() -> None:
     assert float(effective_rank(torch.ones(7))) == pytest.approx(7)
     assert float(effective_rank(torch.tensor([3.0, 0.0, 0.0]))) == pytest.approx(1)
@@ -33,7 +39,8 @@ def test_effective_rank_of_equal_singular_values_is_their_number() -> None:
 
 def test_isotropic_noise_has_full_spread_and_rank() -> None:
     std, rank = spread([_noise(4096, 16)])
-    assert float(std) == pytest.approx(1, abs=1e-3) and float(rank) == pytest.approx(16, rel=0.01)
+    assert float(std) == pytest.approx(1, abs=1e-3)
+    assert float(rank) == pytest.approx(16, rel=0.01)
 
 
 def test_features_in_a_plane_have_rank_two() -> None:
@@ -48,7 +55,8 @@ def test_positions_do_not_hide_a_collapse() -> None:
     assert float(std) < 1e-3
     assert float(rank) > 10  # noise has every direction: this is why both numbers are needed
     constant, nothing = spread([positions_ND.expand(8, 64, 16)])
-    assert float(constant) == pytest.approx(0, abs=1e-9) and float(nothing) == 0
+    assert float(constant) == pytest.approx(0, abs=1e-9)
+    assert float(nothing) == 0
 
 
 def test_spread_is_independent_of_scale_and_of_cutting() -> None:
@@ -64,9 +72,7 @@ def test_it_stops_after_its_patience_and_says_why() -> None:
         monitor.see(_noise(16, 4, 8, seed=step))
         monitor.report(step)
     with pytest.raises(CollapsedError, match=r"collapsed at step 7.*feature_std >= 0\.02.*3 looks.*Raise the decay") as e:
-        for step in range(5, 20):
-            monitor.see(torch.ones(16, 4, 8))
-            monitor.report(step)
+        _see_the_same(monitor, range(5, 20))
     assert e.value.healthy_steps == 5
 
 

@@ -33,13 +33,16 @@ def test_context_and_targets_never_meet_and_blocks_are_rectangles(side: int) -> 
     found = block_masks(side, blocks=3, share=0.15, context=0.4, rngs=_rngs(50))
     size = context_size(side, blocks=3, share=0.15, context=0.4)
     area = found.targets_BTM.shape[2]
-    assert found.context_BK.shape == (50, size) and found.targets_BTM.shape == (50, 3, area)
+    assert found.context_BK.shape == (50, size)
+    assert found.targets_BTM.shape == (50, 3, area)
     for context, targets in zip(found.context_BK, found.targets_BTM, strict=True):
-        assert not set(context) & set(targets.ravel()) and len(set(context)) == size
+        assert not set(context) & set(targets.ravel())
+        assert len(set(context)) == size
         for block in targets:
             rows, columns = np.unique(block // side), np.unique(block % side)
             assert len(rows) * len(columns) == area == len(set(block))
-            assert (np.diff(rows) == 1).all() and (np.diff(columns) == 1).all()
+            assert (np.diff(rows) == 1).all()
+            assert (np.diff(columns) == 1).all()
 
 
 def test_block_shapes_have_one_area_and_no_long_side() -> None:

@@ -22,12 +22,12 @@ from fmdeploy.teacher.objectives.base import CollapsedError
 from fmdeploy.teacher.objectives.crops import GLOBAL, HIDDEN, WHOLE, ViewConfig, Views, draw_views, moved
 from fmdeploy.teacher.objectives.selfdistill import SelfDistillation, SelfDistillationConfig
 from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy, rising
-from fmdeploy.teacher.objectives.selfdistill_targets import Centre, cross_entropy, sinkhorn
+from fmdeploy.teacher.objectives.selfdistill_targets import Centre, Remembered, cross_entropy, sinkhorn
 from fmdeploy.teacher.train import train
 from support.training_data import TEACHER, write_scenes
 
 SIZES = {key: TEACHER[key] for key in ("dim", "depth", "heads", "stem_width", "width")}
-SMALL = {"prototypes": 8, "hidden_width": 16, "bottleneck": 8}
+SMALL = {"prototypes": 8, "token_prototypes": 8, "memory": 16, "hidden_width": 16, "bottleneck": 8}
 STILL = {"shift": 0.0, "zoom": 0.0, "turn": 0.0, "sensor_drop": 0.0, "cells_lost": 0.0, "hidden": 0.0}
 SCRIPT = """
 import json, sys
@@ -70,6 +70,21 @@ def test_sinkhorn_gives_every_row_one_and_every_prototype_its_share() -> None:
     torch.testing.assert_close(sinkhorn(torch.zeros(5, 4), 0.1), torch.full((5, 4), 0.25))
 
 
+def test_few_rows_are_balanced_with_those_of_former_steps() -> None:
+    balance, scores = Remembered(4, 6), _scores(2, 4)
+    torch.testing.assert_close(torch.cat(balance(scores.split(1), 0.5)), sinkhorn(scores, 0.5))
+    balance.follow()
+    (later,) = balance([_scores(3, 4, seed=1)], 0.5)
+    both = torch.cat((_scores(3, 4, seed=1), scores))
+    torch.testing.assert_close(later, sinkhorn(both, 0.5)[:3])
+    for step in range(2):
+        balance.follow()
+        balance([_scores(3, 4, seed=step)], 0.5)
+    balance.follow()
+    assert sorted(balance.past.keys_SQP[0, :, 0].tolist()) == sorted(  # the last six rows of eleven
+        torch.cat((_scores(3, 4, seed=0), _scores(3, 4, seed=1)))[:, 0].tolist())
+
+
 def test_centring_stops_one_prototype_from_taking_everything() -> None:
     centre = Centre(6, keep=0.5)
     scores = 0.1 * _scores(64, 6)
@@ -96,7 +111,7 @@ def test_equal_views_give_the_least_loss(home: Path) -> None:
     task = load_task("bev-occupancy")
     teacher = task.teacher(SIZES)
     config = SelfDistillationConfig(**SMALL, **STILL, local_views=0, balance="centre", patches=0,  # type: ignore[arg-type]
-                                    teacher_temperature=0.1, student_temperature=0.1)
+                                    frame_temperature=0.1, student_temperature=0.1)
     objective = SelfDistillation(task, teacher, config, steps=5)
     samples = task.samples(open_dataset(home / "data"), "train")
     index = np.arange(4)
@@ -187,7 +202,7 @@ def test_two_processes_and_three_objectives_compute_what_one_process_does(home: 
     options: dict[str, Any] = {
         "data": str(home / "data"), "steps": 6, **TEACHER,
         "objective": ["selfdistill", "contrastive=0.5", "flow=2"],
-        "set": ["selfdistill.prototypes=16", "contrastive.queue=12", "contrastive.hidden=16", "flow.width=16"],
+        "set": ["selfdistill.prototypes=4", "selfdistill.memory=21", "selfdistill.token_prototypes=16", "contrastive.queue=12", "contrastive.hidden=16", "flow.width=16"],
     }
     one = train(**{**options, "objective": tuple(options["objective"]), "set": tuple(options["set"])}, out=home / "one")
     (home / "script.py").write_text(SCRIPT)

@@ -33,7 +33,7 @@ from support.processes import FMDEPLOY
 from support.training_data import write_scenes
 
 ACTIONS = (*SETTINGS, "worldmodel.actions=true")
-STEPS = 100
+STEPS = 120
 Home = dict[str, Artifact]
 
 
@@ -93,16 +93,23 @@ def test_it_learns_what_the_past_tells(home: Home) -> None:
     log = [json.loads(line) for line in home["clock"].path("log.jsonl").read_text().splitlines()]
     assert {"codes", "frames", "commitment", "perplexity", "restarted", "code_accuracy"} <= set(log[-1])
     assert log[-1]["perplexity"] > 1
-    assert log[-1]["codes"] < 0.1 * log[0]["codes"]
+    first = STEPS // 4  # the tokeniser's share
+    assert [record["codes"] for record in log[:first]] == [0] * first
+    assert all(record["frames"] == record["commitment"] == 0 for record in log[first:])
+    assert log[first - 1]["frames"] < 0.5 * log[0]["frames"]
+    assert log[-1]["codes"] < 0.2 * log[first]["codes"]
+    held = home["clock"].tensors("objectives/worldmodel.safetensors")
+    parts = [held[name].ravel() for name, _ in world.model.vae.named_parameters(prefix="vae")]
+    assert (np.concatenate(parts) == held["held"]).all()
 
 
 def test_a_rollout_of_many_steps_stays_on_the_path(home: Home) -> None:
     world = World(home, "clock")
     truth = world.samples.occupancy(world.index, range(1, 9))
-    for draws in (0, 2):
+    for draws, least in ((0, 0.99), (4, 0.9)):
         said = predict_future(world.model, world.teacher, world.inputs, draws=draws).numpy()
         assert said.shape == truth.shape
-        assert ((said > 0.5) == (truth > 0)).mean() > 0.99
+        assert ((said > 0.5) == (truth > 0)).mean() > least
 
 
 def test_a_rollout_along_the_true_codes_is_the_one_step_predictions() -> None:

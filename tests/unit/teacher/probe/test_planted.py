@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fmdeploy.teacher.probe.base import Bench, Result
+from fmdeploy.task import load_task
+from fmdeploy.teacher.probe.base import Bench, NotMeasuredError, Result
 from fmdeploy.teacher.probe.dense import Forecasting, Occupancy, Segmentation
 from fmdeploy.teacher.probe.knn import Knn
+from fmdeploy.teacher.probe.labels import class_count, class_labels, dense_planes
 from fmdeploy.teacher.probe.ladder import climb, measured
 from fmdeploy.teacher.probe.linear import Linear
 from fmdeploy.teacher.probe.outputs import Outputs
@@ -186,3 +188,14 @@ def test_the_same_bench_gives_the_same_numbers() -> None:
         {name: row.to_json() for name, row in climb(rungs, SETS.bench(classes, nothing)).items()} for _ in range(2)
     )
     assert first == second
+
+
+def test_classes_are_what_the_tasks_accuracy_is_judged_by() -> None:
+    task = load_task("image-classification")
+    labels = np.array([3, 1, 2])
+    assert class_labels(task, {"label": labels}).tolist() == labels.tolist()
+    assert class_count(task) == task.io.outputs[0].shape[0]
+    with pytest.raises(NotMeasuredError, match="no class label"):
+        class_labels(task, {"other": labels})
+    with pytest.raises(NotMeasuredError, match="no planes"):
+        dense_planes(task)

@@ -1,0 +1,123 @@
+"""A folder of images with a table of labels: CSV, JSON, or one folder a class.
+
+The table's columns: `file` (relative to the folder), `label` (a class name or a number), and of choice `sequence`
+(frames of one recording, in the order of the table), `split`, and anything else, which becomes metadata.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmdeploy.data.format import SPLITS
+from fmdeploy.data.importing.drives import Drive, require_inside, safe_id
+from fmdeploy.data.importing.pictures import SUFFIXES, decode_image
+from fmdeploy.errors import DataError
+
+Row = dict[str, Any]
+OWN = ("file", "label", "sequence", "split")
+
+
+def read_table(root: Path, table: Path | None) -> list[Row]:
+    """Rows of the table of labels; without one, the images below `root` labelled by their first folder.
+
+    Raises:
+        DataError: a column is missing, a file is named twice, or there is nothing.
+    """
+    rows = _folders(root) if table is None else _json(table) if table.suffix == ".json" else _csv(table)
+    where = table or root
+    if not rows:
+        raise DataError("names no images", where=where)
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 2):
+        if not row.get("file") or row.get("label") in (None, ""):
+            raise DataError(f"row {number} has no file or no label", where=where, expected="columns file, label")
+        if row["file"] in seen:
+            raise DataError(f"names {row['file']} twice", where=where)
+        seen.add(str(row["file"]))
+    return rows
+
+
+def _csv(table: Path) -> list[Row]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(stream)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot be read as CSV: {error}", where=table) from error
+
+
+def _json(table: Path) -> list[Row]:
+    try:
+        content = json.loads(table.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read as JSON: {error}", where=table) from error
+    if isinstance(content, dict):
+        return [{"file": file, "label": label} for file, label in content.items()]
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise DataError("is no table", where=table, expected='[{"file", "label"}, ...] or {file: label}')
+    return content
+
+
+def _folders(root: Path) -> list[Row]:
+    files = sorted(p for p in root.glob("*/**/*") if p.suffix.lower() in SUFFIXES)
+    return [{"file": p.relative_to(root).as_posix(), "label": p.relative_to(root).parts[0]} for p in files]
+
+
+def class_names(rows: Sequence[Row]) -> list[str]:
+    """All labels in order: whole numbers as they are (0 .. largest), names alphabetically."""
+    labels = {str(row["label"]) for row in rows}
+    if all(label.isdecimal() for label in labels):
+        return [str(number) for number in range(max(map(int, labels)) + 1)]
+    return sorted(labels)
+
+
+def image_drives(
+    root: Path, rows: Sequence[Row], *, size: tuple[int, int] | None, channels: int
+) -> Iterator[Drive]:
+    """One drive a sequence of the table (or an image), with `image` float32 (T, C, H, W) and `label` int64 (T,).
+
+    Raises:
+        DataError: an image is missing or broken, frames of one sequence differ in size, split or metadata.
+    """
+    numbers = {name: number for number, name in enumerate(class_names(rows))}
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[str(row.get("sequence") or row["file"])].append(row)
+    for name, members in groups.items():
+        images = [_image(root, str(row["file"]), size, channels) for row in members]
+        if len({image.shape for image in images}) > 1:
+            raise DataError(f"images of {name} differ in size", where=root, fix="Give --height and --width")
+        label = np.array([numbers[str(row["label"])] for row in members], np.int64)
+        yield Drive(safe_id(name), {"image": np.stack(images), "label": label}, _metadata(name, members),
+                    _split(name, members))
+
+
+def _image(root: Path, file: str, size: tuple[int, int] | None, channels: int) -> Any:
+    path = root / file
+    require_inside(root, path)
+    return decode_image(path.read_bytes(), size, channels, where=path)
+
+
+def _metadata(name: str, members: Sequence[Row]) -> dict[str, Any]:
+    found = {key: value for key, value in members[0].items() if key not in OWN and value not in (None, "")}
+    for row in members:
+        if changed := [key for key in found if row.get(key) != found[key]]:
+            raise DataError(f"frames of {name} differ in {changed[0]!r}", where="metadata",
+                            fix="Metadata belongs to a sequence: leave the column out, or split the sequence")
+    return found
+
+
+def _split(name: str, members: Sequence[Row]) -> str | None:
+    said = {str(row.get("split") or "") for row in members}
+    if len(said) > 1:
+        raise DataError(f"frames of {name} stand in two splits", where="split", found=", ".join(sorted(said)))
+    (split,) = said
+    if split and split not in SPLITS:
+        raise DataError(f"{name} stands in an unknown split", where="split", expected=", ".join(SPLITS), found=split)
+    return split or None
