@@ -27,8 +27,8 @@ from fmdeploy.teacher.features import CacheReader
 from fmdeploy.teacher.view import FEATURE, TeacherView
 from fmdeploy.training.choices import settings
 from fmdeploy.training.device import default_device
-from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.loop import Job
+from fmdeploy.training.mixture.options import mix
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,13 @@ def _options(config: DistillConfig) -> dict[str, Mapping[str, Any]]:
 
 
 def _batches(config: DistillConfig, sources: Sources, options: Mapping[str, Mapping[str, Any]]) -> DistillBatches:
-    samples = sources.task.samples(sources.data, "train")
-    caches = [_reader(teacher, sources, samples) for teacher in sources.teachers if teacher.features is not None]
-    labelled = labelled_index(samples, config.labels, config.label_seed)
+    mixture = mix(config, sources.task, sources.data, sources.replay, config.seed, labels=config.labels > 0)
+    caches = [_reader(teacher, sources, mixture.samples) for teacher in sources.teachers if teacher.features is not None]
+    labelled = mixture.labelled(config.labels, config.label_seed)
+    labelled = np.arange(len(mixture.samples)) if labelled is None else labelled
     names = [name for name in config.augment if name != "flip" or config.mirror]
     augmentation = Augmentation.of(names, sources.task.io, options)
-    return DistillBatches(sources.task, samples, labelled, config, caches, bool(sources.teachers) and not caches,
+    return DistillBatches(sources.task, mixture, labelled, config, caches, bool(sources.teachers) and not caches,
                           augmentation)
 
 

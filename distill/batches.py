@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.teacher.features import CacheReader
 from fmdeploy.training.distributed import world
 from fmdeploy.training.loop import Batch
-from fmdeploy.training.sampler import Index, my_part, step_index
+from fmdeploy.training.mixture.options import WEIGHT, Mixture
+from fmdeploy.training.sampler import Index, Sampler, my_part
 
 LABELLED_STREAM = 1 << 20  # a seed of its own, so that the two orders are independent
 
@@ -34,7 +36,7 @@ class DistillBatches:
 
     Attributes:
         task: Knows how to move maps.
-        samples: The training samples.
+        mixture: The training samples, and how often each is seen.
         labelled: Numbers of those with labels.
         config: Batch size, shares, seed.
         caches: The answers of each teacher, if they are cached.
@@ -43,7 +45,7 @@ class DistillBatches:
     """
 
     task: Task
-    samples: Samples
+    mixture: Mixture
     labelled: Index
     config: DistillConfig
     caches: Sequence[CacheReader] = ()
@@ -56,6 +58,19 @@ class DistillBatches:
             raise ConfigError("the labelled samples of a batch cannot be cut into equal parts", where="labelled_share",
                               expected=f"a multiple of {pieces} samples (processes x parts)", found=self.num_labelled,
                               fix="Change --labelled-share or --batch")
+
+    @property
+    def samples(self) -> Samples:
+        """The training samples."""
+        return self.mixture.samples
+
+    @cached_property
+    def samplers(self) -> tuple[Sampler | None, Sampler | None]:
+        """The orders of the labelled samples and of all samples; None where a batch has none of them."""
+        count, config = self.num_labelled, self.config
+        labelled = self.mixture.sampler(count, config.seed + LABELLED_STREAM, self.labelled) if count else None
+        rest = self.mixture.sampler(config.batch - count, config.seed) if count < config.batch else None
+        return labelled, rest
 
     @property
     def num_labelled(self) -> int:
@@ -77,6 +92,8 @@ class DistillBatches:
         geometry = mine(self.augmentation.draw(config.batch, seed=config.seed, step=step), self.num_labelled, part,
                         config.accumulation)
         inputs, targets = self.samples.batch(index)
+        if (weights := self.mixture.weights(index)) is not None:
+            targets = {**targets, WEIGHT: weights}
         batch: Batch = {"inputs": inputs, "targets": {name: array[:labels] for name, array in targets.items()}}
         batch |= {f"teacher{number}": cache.batch(index) for number, cache in enumerate(self.caches)}
         seen = {"targets": pick(geometry, slice(labels))}
@@ -93,15 +110,9 @@ class DistillBatches:
 
     def _index(self, step: int, part: int) -> tuple[Index, int]:
         """Sample numbers, and how many of the first ones are labelled."""
-        count, seed = self.num_labelled, self.config.seed
-        pieces = []
-        if count:
-            drawn = step_index(len(self.labelled), count, seed=seed + LABELLED_STREAM, step=step)
-            pieces.append(my_part(self.labelled[drawn], part, self.config.accumulation))
-        if count < self.config.batch:
-            drawn = step_index(len(self.samples), self.config.batch - count, seed=seed, step=step)
-            pieces.append(my_part(drawn, part, self.config.accumulation))
-        return np.concatenate(pieces), len(pieces[0]) if count else 0
+        orders = [sampler for sampler in self.samplers if sampler is not None]
+        pieces = [my_part(sampler.index(step), part, self.config.accumulation) for sampler in orders]
+        return np.concatenate(pieces), len(pieces[0]) if self.num_labelled else 0
 
 
 def _contiguous(arrays: Arrays) -> Arrays:

@@ -13,12 +13,13 @@ from fmdeploy.distill.losses.registry import LOSSES, Weights, weights_of
 from fmdeploy.errors import ConfigError
 from fmdeploy.provenance import source_digest
 from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.mixture.options import MixtureConfig
 
 SIZES = ("stem_width", "width", "dim", "depth")
 AUGMENTATIONS = ("flip", "translate", "crop")
 
 
-class DistillConfig(TrainingConfig):
+class DistillConfig(MixtureConfig, TrainingConfig):
     """How the student is trained. Without a teacher it learns from labels alone."""
 
     data: InputPath = Field(description="DATASET")
@@ -81,6 +82,8 @@ class DistillConfig(TrainingConfig):
             raise ValueError("give one features for all teachers, or one for each")
         if not self.teacher and self.labels == 0:
             raise ValueError("without a teacher there must be labels")
+        if self.replay and (self.features or self.build_cache):
+            raise ValueError("a cache holds one dataset: with --replay the teacher runs live")
         if self.init is not None and self.sizes():
             raise ValueError(f"sizes are those of --init: leave out {', '.join(self.sizes())}")
         try:

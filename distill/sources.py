@@ -14,6 +14,7 @@ from fmdeploy.manifest import Kind
 from fmdeploy.models.saved import LoadedModel, load_model
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.cache import cache
+from fmdeploy.training.mixture.options import open_replay, replay_inputs
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Sources:
         init: The STUDENT to start from.
         start: Its network.
         elsewhere: Other datasets in the lineage, and whether they were compared with the held-out splits.
+        replay: Datasets of old domains that the student goes on seeing.
     """
 
     task: Task
@@ -57,6 +59,7 @@ class Sources:
     init: Artifact | None = None
     start: LoadedModel | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
+    replay: tuple[Dataset, ...] = ()
 
     def inputs(self) -> dict[str, Artifact]:
         """Roles of the artifacts, for the manifest: `teacher`, `teacher1`, ..., and their `features` likewise."""
@@ -66,7 +69,7 @@ class Sources:
             found["teacher" + suffix] = teacher.artifact
             if teacher.features is not None and teacher.features.digest not in {a.digest for a in found.values()}:
                 found["features" + suffix] = teacher.features
-        return found | ({"init": self.init} if self.init is not None else {})
+        return found | replay_inputs(self.replay) | ({"init": self.init} if self.init is not None else {})
 
 
 def sources_of(config: DistillConfig) -> Sources:
@@ -84,7 +87,8 @@ def sources_of(config: DistillConfig) -> Sources:
     start = _start(config, init) if init is not None else None
     seen = [teacher.artifact for teacher in teachers] + ([init] if init is not None else [])
     elsewhere = check_training_data(seen, data, config.teacher_data)
-    return Sources(task, data, _with_features(config, teachers), init, start, elsewhere)
+    replay = open_replay(config)
+    return Sources(task, data, _with_features(config, teachers), init, start, elsewhere, replay)
 
 
 def _teacher(config: DistillConfig, path: Path, share: float) -> Teacher:

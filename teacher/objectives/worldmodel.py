@@ -15,6 +15,7 @@ G = N * M codes of a frame, K codes, D their length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.models import input_list
@@ -145,13 +146,14 @@ class WorldModel(Objective):
         return frozenset({f"{KIND}.fixed"})
 
     def losses(self, teacher: nn.Module, batch: Tensors) -> Losses:
-        """See `Objective.losses`; the parts that are not trained yet, or no more, are zero."""
+        """See `Objective.losses`; without gradient, `codes` is log K (a guess) at first and the others 0 later."""
         mine, fixed = batch[KIND], batch[f"{KIND}.fixed"]
         frames_BTCHW = mine["planes"].view(len(fixed["first"]), -1, len(PLANES), GRID, GRID).float()
         if int(self.done) < self.first_steps:
             found, logits = self.vae(frames_BTCHW.flatten(0, 1), fixed["draw"].flatten())
             idle = [*backbone_of(teacher, where=KIND).parameters(), *self.predictor.parameters()]
-            return {"codes": _nothing(idle), "frames": _reconstruction(logits, frames_BTCHW.flatten(0, 1)),
+            return {"codes": _nothing(idle) + math.log(self.config.codes),
+                    "frames": _reconstruction(logits, frames_BTCHW.flatten(0, 1)),
                     "commitment": self.config.commitment * found.commitment}
         codes_BTG = self.vae.codes(frames_BTCHW.flatten(0, 1)).view(*frames_BTCHW.shape[:2], -1)
         logits_BWGK = self.predict(self.tokens(teacher, batch["inputs"]), codes_BTG[:, :-1], fixed["blank"],
@@ -174,7 +176,10 @@ class WorldModel(Objective):
             self.held.copy_(parameters_to_vector(self.vae.parameters()).detach())
             return {**seen, "code_accuracy": torch.zeros((), device=self.held.device)}
         with torch.no_grad():  # weight decay and the optimiser's momentum would still move it
-            vector_to_parameters(self.held, self.vae.parameters())
+            at = 0
+            for parameter in self.vae.parameters():
+                parameter.copy_(self.held[at : at + parameter.numel()].view_as(parameter))
+                at += parameter.numel()
         right, self._right = torch.stack(self._right).mean(), []
         return {"perplexity": perplexity(self.vae.book.count_K), "restarted": torch.zeros_like(right),
                 "code_accuracy": right}

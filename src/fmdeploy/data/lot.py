@@ -54,8 +54,8 @@ def park(road: Any, count: int, near: Array, reach: float, rng: np.random.Genera
         length, width, shift = rng.uniform(4.2, 5.2), rng.uniform(1.75, 2.05), rng.uniform(-STALL_USE_M, STALL_USE_M)
         position = np.array([x + shift * np.cos(heading), y + shift * np.sin(heading)])
         turned = heading + np.pi * (rng.uniform() < 0.5)  # nose or tail first
-        if all(np.hypot(*(other.position - position)) > (other.LENGTH + length) / 2 or _is_beside(other, position, heading)
-               for other in [*road.vehicles, *road.objects]):
+        things = [*road.vehicles, *road.objects]
+        if all(_is_clear(thing, position, heading, (thing.LENGTH + length) / 2) for thing in things):
             road.objects.append(new_parked(road, position, turned, length, width))
 
 
@@ -83,7 +83,8 @@ def _kerbs(lanes: tuple[Lane, ...]) -> list[Array]:
     return list(place_P3[~table.holds(along_PL, lateral_PL, margin=KERB_M - 0.3).any(axis=1)])
 
 
-def _is_beside(other: Any, position: Array, heading: float) -> bool:
-    """Whether `other` is at least 2.4 m to the side of a place."""
-    offset = other.position - position
-    return bool(abs(offset[1] * np.cos(heading) - offset[0] * np.sin(heading)) > 2.4)
+def _is_clear(thing: Any, position: Array, heading: float, length: float) -> bool:
+    """Whether `thing` is more than `length` metres away from a place, or at least 2.4 m to its side."""
+    offset = thing.position - position
+    across = offset[1] * np.cos(heading) - offset[0] * np.sin(heading)
+    return bool(np.hypot(*offset) > length or abs(across) > 2.4)

@@ -21,7 +21,8 @@ from fmdeploy.config import OutputPath, RunOnly, StageConfig
 from fmdeploy.data import highway
 from fmdeploy.data.format import SPLITS
 from fmdeploy.data.highway import SCENARIOS, Scenario
-from fmdeploy.data.sensors import RIG
+from fmdeploy.data.rigs import DEFAULT_RIG, RigName
+from fmdeploy.data.scenes import Profile
 from fmdeploy.data.weather import WEATHERS, Weather
 from fmdeploy.data.worker import Job, done_path, sequence_path
 from fmdeploy.data.workers import run_jobs, usable_cores
@@ -46,6 +47,8 @@ class RecordConfig(StageConfig):
     seed: int = Field(default=0, ge=0, lt=2**40, description="Equal seeds give equal datasets, others disjoint ones")
     scenarios: tuple[Scenario, ...] = Field(default=SCENARIOS, min_length=1, description="Which scenarios")
     weathers: tuple[Weather, ...] = Field(default=WEATHERS, min_length=1, description="Which weathers")
+    profile: Profile = Field(default="road", description="airside: slow, close, with parked vehicles all around")
+    rig: RigName = Field(default=DEFAULT_RIG, description="Sensors; bumper-1: fewer beams, shorter and narrower sight")
     val: float = Field(default=0.2, ge=0, lt=1, description="Share of simulations for validation")
     test: float = Field(default=0.2, ge=0, lt=1, description="Share of simulations for test")
     workers: Annotated[int, RunOnly()] = Field(default=0, ge=0, description="Processes; 0 means one for each core")
@@ -58,6 +61,11 @@ class RecordConfig(StageConfig):
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} repeat: {', '.join(values)}")
         return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Without profile and rig where they are the usual ones, so that old recordings keep their digests."""
+        usual = {"profile": "road", "rig": DEFAULT_RIG}
+        return {name: value for name, value in super().resolved().items() if usual.get(name) != value}
 
 
 @command(RecordConfig)
@@ -83,6 +91,7 @@ def plan(config: RecordConfig) -> list[Job]:
             jobs.append(Job(
                 number=len(jobs), scenario=scenario, seed=config.seed * SEEDS_PER_RECORDING + len(jobs),
                 weather=config.weathers[(k + rank) % len(config.weathers)], frames=config.frames, egos=config.egos,
+                profile=config.profile, rig=config.rig,
             ))
     return jobs
 
@@ -108,13 +117,23 @@ def assign(config: RecordConfig, count: int) -> list[str]:
 def metadata_of(job: Job, ego: int) -> dict[str, Any]:
     """Metadata of one sequence. The date is invented from the simulation's number, so that one can split by it."""
     return {
-        "scenario": job.scenario, "place": job.scenario, "seed": job.seed, "ego": ego, "weather": job.weather,
-        "simulation": f"{job.scenario}-{job.seed}", "sensor_rig": RIG,
-        "map_version": f"highway-env-{highway.version()}", "map_date": MAP_DAY,
+        "scenario": job.scenario, "place": place_of(job), "seed": job.seed, "ego": ego, "weather": job.weather,
+        "simulation": f"{job.scenario}-{job.seed}", "sensor_rig": job.rig,
+        "map_version": map_version(job), "map_date": MAP_DAY,
         "route": f"{job.scenario}-{job.seed}",  # every simulation builds its own stretch of road
         "date": (FIRST_DAY + datetime.timedelta(days=job.number % DAYS)).isoformat(), "frames_per_second": 5,
         "recording": sequence_name(job, ego), "first_frame": 0,
     }
+
+
+def place_of(job: Job) -> str:
+    """Where it is driven: the scenario's road, or its like on the apron, which has parked vehicles along it."""
+    return job.scenario if job.profile == "road" else f"{job.profile}-{job.scenario}"
+
+
+def map_version(job: Job) -> str:
+    """Version of the road network: highway-env's own, but for the lot, which has our aisles."""
+    return f"highway-env-{highway.version()}" + ("+aisles" if job.scenario in highway.OFF_ROAD else "")
 
 
 def sequence_name(job: Job, ego: int) -> str:

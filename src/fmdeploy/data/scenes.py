@@ -77,9 +77,8 @@ def setting_of(scenario: Scenario, profile: Profile = "road") -> Setting:
     setting = SETTINGS[scenario]
     if profile == "road":
         return setting
-    fewest, most = setting.crowd
-    return setting._replace(**AIRSIDE, crowd=(fewest * 3 // 2, most * 3 // 2),
-                            parked=tuple(map(max, setting.parked, AIRSIDE_PARKED)))
+    (fewest, most), standing = setting.crowd, max(setting.parked, AIRSIDE_PARKED)
+    return setting._replace(**AIRSIDE, crowd=(fewest * 3 // 2, most * 3 // 2), parked=standing)
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,15 @@ from fmdeploy.data.raster import (
     draw_lines,
     draw_points,
 )
+from fmdeploy.data.rigs import DEFAULT_RIG, RIGS, RigName
 from fmdeploy.data.scenes import Scene
-from fmdeploy.data.weather import CAMERA, LIDAR, CameraQuality, LidarQuality, Weather
+from fmdeploy.data.weather import CameraQuality, LidarQuality, Weather
 
 BEAMS = 512
 SIGHT_M = 60.0
 """Beams are cast this far; every cell of the grid is nearer."""
 PLANES = ("lidar_hit", "lidar_free", "camera_vehicle", "camera_drivable", "camera_line", "occupancy", "drivable")
-RIG = "roof-1"
-"""Names this arrangement of sensors in the metadata."""
+_ASIDE_M = 0.71 * CELL_M
 _BEAM_A = (np.arange(BEAMS) * (2 * np.pi / BEAMS) - np.pi).astype(np.float32)
 _CENTRES = cell_centres().reshape(-1, 2)
 _CELL_DISTANCE_P = np.hypot(_CENTRES[:, 0], _CENTRES[:, 1]).astype(np.float32)
@@ -49,16 +49,19 @@ class Sight(NamedTuple):
     """int: column of that vehicle; -1 where there is none."""
 
 
-def observe(scene: Scene, ego: int, weather: Weather, rng: np.random.Generator) -> Arrays:
+def observe(
+    scene: Scene, ego: int, weather: Weather, rng: np.random.Generator, rig: RigName = DEFAULT_RIG
+) -> Arrays:
     """All planes of one ego, bool (T, 64, 64) each, named as in `PLANES`: sensors in `weather`, labels without."""
+    beamer, camera_quality = RIGS[rig], RIGS[rig].camera(weather)
     ego_T6 = scene.box_TN6[:, ego]
     box_TN5 = boxes_in_ego_frame(scene.box_TN6, ego)
     sight = cast(box_TN5)
     drivable_TGG = draw_drivable(scene.lanes, ego_T6)
     line_TGG = draw_lines(scene.lanes, ego_T6)
-    hit_TGG, free_TGG = lidar(sight, LIDAR[weather], rng)
-    vehicle_TGG, view_TGG = camera(box_TN5, sight, CAMERA[weather], rng)
-    kept_TGG = view_TGG & (rng.random(view_TGG.shape, np.float32) >= CAMERA[weather].label_noise)
+    hit_TGG, free_TGG = lidar(sight, beamer.lidar(weather), rng, beamer.thinning)
+    vehicle_TGG, view_TGG = camera(box_TN5, sight, camera_quality, rng)
+    kept_TGG = view_TGG & (rng.random(view_TGG.shape, np.float32) >= camera_quality.label_noise)
     planes = (hit_TGG, free_TGG, vehicle_TGG, drivable_TGG & kept_TGG, line_TGG & kept_TGG,
               draw_boxes(box_TN5), drivable_TGG)
     return dict(zip(PLANES, planes, strict=True))
@@ -91,8 +94,11 @@ def _slab(origin_T1: Array, direction_TA: Array, half_T1: Array) -> tuple[Array,
     return centre_TA - half_TA, centre_TA + half_TA
 
 
-def lidar(sight: Sight, quality: LidarQuality, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Planes `hit` and `free`, bool (T, 64, 64), of one sweep a frame."""
+def lidar(sight: Sight, quality: LidarQuality, rng: np.random.Generator, thinning: int = 1) -> tuple[Array, Array]:
+    """Planes `hit` and `free`, bool (T, 64, 64), of one sweep a frame by every `thinning`-th beam.
+
+    A cell is free when the beam nearest to it passes it, and within half a cell's diagonal of its centre.
+    """
     shape = sight.distance_TA.shape
     luck_TA = rng.random(shape, np.float32)
     noise_TA = rng.standard_normal(shape, np.float32) * quality.noise_m
@@ -102,9 +108,12 @@ def lidar(sight: Sight, quality: LidarQuality, rng: np.random.Generator) -> tupl
     # a box's far half is not seen, so aim a quarter of a metre into it: its near cells then get the hits
     ends_TA = np.where(clutter_TA, drops_TA, sight.distance_TA + noise_TA + 0.25)
     point_TA2 = ends_TA[..., None] * np.stack([np.cos(_BEAM_A), np.sin(_BEAM_A)], -1)
-    hit_TGG = draw_points(point_TA2, returned_TA)
+    hit_TGG = draw_points(point_TA2, returned_TA & (np.arange(BEAMS) % thinning == 0))
     open_TA = np.where(luck_TA < quality.dropout, 0, np.minimum(ends_TA, quality.range_m))
-    free_TGG = (open_TA[:, _CELL_BEAM_P] - 0.75 * CELL_M > _CELL_DISTANCE_P).reshape(-1, GRID, GRID)
+    beam_P = np.round((_CELL_ANGLE_P + np.pi) / (2 * np.pi / BEAMS * thinning)).astype(int) * thinning % BEAMS
+    aside_P = np.abs(np.sin(_CELL_ANGLE_P - _BEAM_A[beam_P])) * _CELL_DISTANCE_P
+    passed_TP = open_TA[:, beam_P] - 0.75 * CELL_M > _CELL_DISTANCE_P
+    free_TGG = (passed_TP & (aside_P < _ASIDE_M)).reshape(-1, GRID, GRID)
     return hit_TGG, free_TGG & ~hit_TGG
 
 

@@ -20,7 +20,8 @@ from fmdeploy.arrays import Arrays
 from fmdeploy.data.highway import Scenario
 from fmdeploy.data.labels import rare_cases
 from fmdeploy.data.motion import ego_motion
-from fmdeploy.data.scenes import simulate
+from fmdeploy.data.rigs import DEFAULT_RIG, RigName
+from fmdeploy.data.scenes import Profile, simulate
 from fmdeploy.data.sensors import observe
 from fmdeploy.data.weather import Weather
 from fmdeploy.data.writer import npz_bytes
@@ -36,6 +37,8 @@ class Job:
     weather: Weather
     frames: int
     egos: int
+    profile: Profile = "road"
+    rig: RigName = DEFAULT_RIG
 
     def to_line(self, folder: Path) -> str:
         """The job as a line of the protocol, to be written into `folder`."""
@@ -47,12 +50,12 @@ def record_sequences(job: Job) -> list[Arrays]:
 
     Planes are uint8 (T, 512): the 64 x 64 cells packed eight to a byte, row by row (`numpy.packbits`).
     """
-    scene = simulate(job.scenario, job.seed, frames=job.frames, egos=job.egos)
+    scene = simulate(job.scenario, job.seed, frames=job.frames, egos=job.egos, profile=job.profile)
     return [_sequence(scene, ego, job, rank) for rank, ego in enumerate(scene.egos)]
 
 
 def _sequence(scene: Any, ego: int, job: Job, rank: int) -> Arrays:
-    planes = observe(scene, ego, job.weather, np.random.default_rng([job.seed, 2, rank]))
+    planes = observe(scene, ego, job.weather, np.random.default_rng([job.seed, 2, rank]), job.rig)
     packed = {name: np.packbits(plane.reshape(job.frames, -1), axis=1) for name, plane in planes.items()}
     return {**packed, **rare_cases(scene, ego), "ego_motion": ego_motion(scene, ego)}
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from fmdeploy.data.blocks import BlockRows, Blocks, Labels, Names, runs
 from fmdeploy.data.format import Dataset
+from fmdeploy.data.highway import OFF_ROAD
 from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import DataError
 from fmdeploy.task import Array, Arrays
@@ -54,7 +55,7 @@ class BevSamples:
     frame_N: Array
     """int (N,): row of each sample's present frame."""
     scene_N: Array
-    """int64 (N,): its class in SCENES."""
+    """int64 (N,): its class in SCENES; -1: of none."""
     sequence_N: Array = field(repr=False)
     """int (N,): number of its sequence within the split."""
 
@@ -211,6 +212,8 @@ def _numbered(names: Sequence[str]) -> Array:
 
 def _scene(sequence: SequenceInfo, data: Dataset) -> int:
     scenario = sequence.metadata.get("scenario")
+    if scenario in OFF_ROAD:
+        return -1  # of no class: losses and metrics leave it out
     if scenario not in SCENES:
         raise DataError(f"sequence {sequence.id} has an unknown scenario", where=data.artifact.root,
                         expected=", ".join(SCENES), found=scenario)

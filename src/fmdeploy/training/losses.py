@@ -71,9 +71,9 @@ def soft_dice(probability_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor | 
     binary ones. Over the batch, not per sample: most channels of one sample are nearly empty. `weight_B` weighs samples.
     """
     axes = (0, 2, 3)
-    products = (probability_BCHW * target_BCHW, probability_BCHW.square(), target_BCHW.square())
+    products = [probability_BCHW * target_BCHW, probability_BCHW.square(), target_BCHW.square()]
     if weight_B is not None:
-        products = tuple(product * weight_B[:, None, None, None] for product in products)
+        products = [product * weight_B[:, None, None, None] for product in products]
     total_3C = sum_over_ranks(torch.stack([product.sum(axes) for product in products]))
     overlap_C = (2 * total_3C[0] + EPSILON) / (total_3C[1] + total_3C[2] + EPSILON)
     return (1 - overlap_C).mean()

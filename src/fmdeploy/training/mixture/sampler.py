@@ -63,4 +63,4 @@ def systematic_counts(rate_N: Array, rng: np.random.Generator) -> Index:
     ends_N = np.cumsum(rate_N) * (len(rate_N) / np.sum(rate_N))
     ends_N[-1] = len(rate_N)
     passed_N = np.floor(ends_N + rng.random()).astype(np.int64)
-    return np.diff(passed_N, prepend=0)
+    return np.asarray(np.diff(passed_N, prepend=0))

@@ -94,7 +94,7 @@ def test_it_learns_what_the_past_tells(home: Home) -> None:
     assert {"codes", "frames", "commitment", "perplexity", "restarted", "code_accuracy"} <= set(log[-1])
     assert log[-1]["perplexity"] > 1
     first = STEPS // 4  # the tokeniser's share
-    assert [record["codes"] for record in log[:first]] == [0] * first
+    assert [record["codes"] for record in log[:first]] == pytest.approx([np.log(16)] * first)
     assert all(record["frames"] == record["commitment"] == 0 for record in log[first:])
     assert log[first - 1]["frames"] < 0.5 * log[0]["frames"]
     assert log[-1]["codes"] < 0.2 * log[first]["codes"]
@@ -264,7 +264,7 @@ def test_killed_and_resumed_it_is_the_same_to_the_last_bit(tmp_path: Path, home:
 def test_two_processes_compute_what_one_does(tmp_path: Path, home: Home) -> None:
     """Tolerances as in tests/integration/test_training_two_processes.py."""
     options = {"data": str(home["driver data"].root), "objective": ["worldmodel"], "set": list(ACTIONS), "steps": 8,
-               **SIZES}
+               **SIZES, "lr": 1e-4}  # Adam turns the noise of a zero gradient into a step of the learning rate
     script = "import json, sys\nfrom fmdeploy.teacher.train import train\ntrain(**json.loads(sys.argv[1]))\n"
     (tmp_path / "script.py").write_text(script)
     train(out=tmp_path / "one", **options)
