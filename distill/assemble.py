@@ -113,7 +113,8 @@ def _options(config: DistillConfig) -> dict[str, Mapping[str, Any]]:
 
 def _batches(config: DistillConfig, sources: Sources, options: Mapping[str, Mapping[str, Any]]) -> DistillBatches:
     mixture = mix(config, sources.task, sources.data, sources.replay, config.seed, labels=config.labels > 0)
-    caches = [_reader(teacher, sources, mixture.samples) for teacher in sources.teachers if teacher.features is not None]
+    cached = [teacher for teacher in sources.teachers if teacher.features is not None]
+    caches = [_reader(teacher, sources, mixture.samples) for teacher in cached]
     labelled = mixture.labelled(config.labels, config.label_seed)
     labelled = np.arange(len(mixture.samples)) if labelled is None else labelled
     names = [name for name in config.augment if name != "flip" or config.mirror]

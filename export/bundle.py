@@ -15,7 +15,6 @@ from fmdeploy.budgets import AccuracyBudget, Budgets, TargetBudget, read_budgets
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, DataError
-from fmdeploy.subset import subset
 from fmdeploy.export.card import model_card
 from fmdeploy.export.config import ExportConfig
 from fmdeploy.export.fp16 import QDQ_OPSET
@@ -38,6 +37,7 @@ from fmdeploy.quantize.scores import carry_over, held_out_splits
 from fmdeploy.quantize.store import load_quantized
 from fmdeploy.runtime.onnxcheck.checks import check_model, remarks
 from fmdeploy.runtime.onnxcheck.interface import Declared
+from fmdeploy.subset import subset
 from fmdeploy.task import Samples, Task
 
 CHUNK = 64  # samples in one pass of the student

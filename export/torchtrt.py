@@ -16,7 +16,6 @@ from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError, MissingError
-from fmdeploy.subset import subset
 from fmdeploy.export.config import ExportConfig
 from fmdeploy.export.parity import Predict, compare, outputs_of, require_parity
 from fmdeploy.iospec import IOSpec
@@ -29,6 +28,7 @@ from fmdeploy.quantize.build import tracing_example
 from fmdeploy.quantize.quantize import require_same_data
 from fmdeploy.quantize.scores import held_out_splits
 from fmdeploy.quantize.trace import as_tuple
+from fmdeploy.subset import subset
 from fmdeploy.task import Arrays
 
 ENGINE = "engine.ep"  # an exported program that holds TensorRT engines

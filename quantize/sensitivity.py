@@ -20,10 +20,10 @@ from fmdeploy.errors import DataError
 from fmdeploy.evaluate.bootstrap import Interval, drop
 from fmdeploy.evaluate.evaluation import Evaluation, Predict, evaluate
 from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
-from fmdeploy.subset import Subset, subset
 from fmdeploy.models.outputs import predictor
 from fmdeploy.progress import progress
 from fmdeploy.quantize.groups import Switchboard
+from fmdeploy.subset import Subset, subset
 from fmdeploy.task import Arrays, Samples, Task
 
 SPLIT = "val"

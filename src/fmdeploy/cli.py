@@ -32,6 +32,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "record": Verb("fmdeploy.data.record:record", "Record driving scenes from highway-env."),
         "import": Verb("fmdeploy.data.importing.stage:import_data", "Import nuScenes, images, WebDataset or MCAP."),
         "split": Verb("fmdeploy.data.split:split", "Split a dataset by sequence and seed."),
+        "join": Verb("fmdeploy.data.join:join", "Several datasets in one, each sequence in its split."),
         "audit": Verb("fmdeploy.data.audit:audit", "Find leakage between splits; exit 1 where there is any."),
         "info": Verb("fmdeploy.data.info:info", "Count what a dataset holds."),
         "canary": Verb("fmdeploy.compare.canary:canary", "Choose rare cases that no candidate may lose."),

@@ -11,7 +11,6 @@ import numpy as np
 
 from fmdeploy.task import Array, Arrays, Samples
 
-
 ASKED_BY_NUMBER = ("frames", "occupancy", "motion")
 
 

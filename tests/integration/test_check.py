@@ -15,13 +15,13 @@ from safetensors.numpy import load_file
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import Outcome
+from fmdeploy.compare.compare import compare
 from fmdeploy.data.format import open_dataset
 from fmdeploy.draft import Draft
 from fmdeploy.errors import ArtifactError, ConfigError, DataError, FrameError
 from fmdeploy.evaluate.evaluation import Evaluation, data_key, evaluate
 from fmdeploy.manifest import Kind
 from fmdeploy.runtime.check.check import check
-from fmdeploy.compare.compare import compare
 from fmdeploy.runtime.run import run
 from support.bundles import budgets, fp32_model, int8_model, make_bundle, run_model
 from support.toy_task import ToyTask, make_dataset

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.training_data import TEACHER, write_scenes
 
 from fmdeploy.artifact import open_artifact
 from fmdeploy.cli import group
@@ -18,6 +17,7 @@ from fmdeploy.compare.compare import compare
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.manifest import Kind
 from fmdeploy.teacher.train import train
+from support.training_data import TEACHER, write_scenes
 
 LIMITS: dict[str, Any] = {"min_samples": 10, "min_slice_samples": 10, "min_groups": 2, "metric": "drivable_iou"}
 

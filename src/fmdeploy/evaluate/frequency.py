@@ -40,8 +40,9 @@ class Frequency(Metric):
         """Return (B, 3): summed probability, events that happened, chances to happen; unknown classes have none."""
         logits, labels = np.asarray(outputs[self.output], np.float32), np.asarray(targets[self.target])
         if logits.ndim == 2:
-            known = labels >= 0
-            chance, truth = softmax(logits)[:, self.channel], labels == self.channel
+            label_B = labels.astype(np.int64)
+            known = label_B >= 0
+            chance, truth = softmax(logits)[:, self.channel], label_B == self.channel
             return np.stack([np.where(known, chance, 0), truth & known, known], axis=1).astype(np.float64)
         chance, truth = sigmoid(logits[:, self.channel]), labels[:, self.channel] != 0
         cells = np.full(len(chance), float(np.prod(chance.shape[1:])))

@@ -164,7 +164,7 @@ class Accuracy(Metric):
     def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
         """Return (B, 2): 1 where correct, and 1; NaN where a logit is not finite."""
         logits_BC = np.asarray(outputs[self.output], np.float32)
-        label_B = np.asarray(targets[self.target])
+        label_B = np.asarray(targets[self.target], np.int64)
         correct = (logits_BC.argmax(axis=-1) == label_B).astype(np.float64)
         correct[~np.isfinite(logits_BC).all(axis=-1)] = np.nan
         return np.stack([correct, label_B >= 0], axis=1).astype(np.float64)
@@ -230,9 +230,10 @@ class TopLabelECE(CalibrationError):
 
     def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
         """Return (B, 3M) with exactly one prediction a sample."""
-        chances_BC, label_B = softmax(outputs[self.output]), np.asarray(targets[self.target])
+        chances_BC, label_B = softmax(outputs[self.output]), np.asarray(targets[self.target], np.int64)
         correct = chances_BC.argmax(axis=-1) == label_B
-        return _binned(chances_BC.max(axis=-1)[:, None], correct[:, None]) * (label_B >= 0)[:, None]
+        counted: Array = _binned(chances_BC.max(axis=-1)[:, None], correct[:, None]) * (label_B >= 0)[:, None]
+        return counted
 
 
 def _binned(confidence_BN: npt.NDArray[np.float32], outcome_BN: npt.NDArray[np.bool_]) -> Array:

@@ -68,7 +68,8 @@ def soft_dice(probability_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor | 
     """One minus the Dice coefficient of each channel over the whole batch of all processes, mean over channels.
 
     Squared denominators (V-Net, arXiv:1606.04797, section 3) make it zero for equal soft targets, not only for
-    binary ones. Over the batch, not per sample: most channels of one sample are nearly empty. `weight_B` weighs samples.
+    binary ones. Over the batch, not per sample: most channels of one sample are nearly empty. `weight_B` weighs
+    samples.
     """
     axes = (0, 2, 3)
     products = [probability_BCHW * target_BCHW, probability_BCHW.square(), target_BCHW.square()]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from fmdeploy.evaluate.evaluation import evaluate
@@ -18,12 +19,12 @@ class Coins:
         self.chance = rng.uniform(0.02, 0.3, (240, 2, 10, 10)).astype(np.float32)
         self.bev = (rng.random(self.chance.shape) < self.chance).astype(np.uint8)
         self.ids, self.groups = tuple(map(str, range(240))), np.repeat(np.arange(24), 10)
-        self.slices: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+        self.slices: dict[str, npt.NDArray[np.generic]] = {}
 
     def __len__(self) -> int:
         return 240
 
-    def batch(self, index: np.ndarray) -> tuple[Arrays, Arrays]:  # type: ignore[type-arg]
+    def batch(self, index: npt.NDArray[np.generic]) -> tuple[Arrays, Arrays]:
         return {"chance": self.chance[index]}, {"bev": self.bev[index]}
 
 
@@ -56,14 +57,14 @@ def test_expecting_too_much_or_too_little_fails(factor: float) -> None:
 
 def test_an_event_that_never_happens_is_not_measured() -> None:
     events = frequencies("logits", "label", ("a", "b"))
-    outputs = {"logits": np.array([[2.0, 0.0]] * 12, np.float32)}
+    outputs: Arrays = {"logits": np.array([[2.0, 0.0]] * 12, np.float32)}
     total = events[1].statistics(outputs, {"label": np.zeros(12, np.int64)}).sum(axis=0)
     assert math.isnan(events[1].value(total))
 
 
 def test_unknown_classes_are_no_chance_to_be_right_or_wrong() -> None:
-    outputs = {"scene": np.array([[3.0, 0.0], [0.0, 3.0], [9.0, 0.0]], np.float32)}
-    targets = {"scene": np.array([0, 0, -1])}
+    outputs: Arrays = {"scene": np.array([[3.0, 0.0], [0.0, 3.0], [9.0, 0.0]], np.float32)}
+    targets: Arrays = {"scene": np.array([0, 0, -1])}
     assert Accuracy().value(Accuracy().statistics(outputs, targets).sum(axis=0)) == 0.5
     assert TopLabelECE().statistics(outputs, targets)[:, :15].sum() == 2
     event = frequencies("scene", "scene", ("a", "b"))[0]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fmdeploy.errors import GateError
-from fmdeploy.subset import subset
 from fmdeploy.export.parity import Outputs, Parity, compare, outputs_of, require_parity
+from fmdeploy.subset import subset
 from fmdeploy.task import Array, Arrays, load_task
 
 TASK = load_task("image-classification")

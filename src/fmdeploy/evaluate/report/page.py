@@ -22,6 +22,7 @@ from fmdeploy.evaluate.report.accuracy import (
 from fmdeploy.evaluate.report.alarms import AlarmRow, alarm_rows
 from fmdeploy.evaluate.report.latency import Tier, latency_section
 from fmdeploy.evaluate.report.limits import limits, proofs
+from fmdeploy.evaluate.report.origins import EventRow, OriginRow, event_rows, origin_rows
 from fmdeploy.evaluate.report.panels import Example, panels_section
 from fmdeploy.evaluate.report.precision import Precision, precision_section
 from fmdeploy.evaluate.report.probes import Probes, probes_section
@@ -85,6 +86,8 @@ class Page:
     legend: str
     lineage: list[LineageRow]
     splits: list[SplitRow]
+    origins: list[OriginRow]
+    events: list[EventRow]
     sizes: list[SizeRow]
     environment: list[tuple[str, str]]
     proofs: list[str]
@@ -139,6 +142,8 @@ def build_page(sources: Sources, title: str) -> Page:
         legend=sources.task.panel_legend if sources.task else "",
         lineage=lineage_rows(sources),
         splits=split_rows(sources),
+        origins=origin_rows(sources),
+        events=event_rows(sources),
         sizes=size_rows(sources),
         environment=environment_rows(sources),
         proofs=proofs(sources),

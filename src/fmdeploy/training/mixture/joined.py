@@ -108,7 +108,8 @@ class Joined:
         return found
 
     def _refuse_other_arrays(self) -> None:
-        shapes = [[{n: a.shape[1:] for n, a in kind.items()} for kind in part.batch(np.arange(1))] for part in self.parts]
+        first = [part.batch(np.arange(1)) for part in self.parts]
+        shapes = [[{n: a.shape[1:] for n, a in kind.items()} for kind in batch] for batch in first]
         for name, shape in zip(self.names, shapes, strict=True):
             if shape != shapes[0]:
                 raise DataError(f"the domain {name} holds other arrays than {self.names[0]}", where="replay",

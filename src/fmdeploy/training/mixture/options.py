@@ -35,7 +35,7 @@ class MixtureConfig(StageConfig):
     """Options of stages that choose what they see."""
 
     mixture: InputPath | None = Field(default=None, description="TOML: how often what is seen (docs/mixture.md)")
-    replay: tuple[InputPath, ...] = Field(default=(), description="DATASET of an old domain to go on seeing; repeatable")
+    replay: tuple[InputPath, ...] = Field(default=(), description="DATASET of an old domain to still see; repeatable")
     replay_share: float = Field(default=0.25, gt=0, lt=1, description="share of all draws from the old domains")
     replay_samples: int | None = Field(default=None, ge=1, description="size of the buffer of each; default: all")
 

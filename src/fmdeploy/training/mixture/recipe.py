@@ -3,7 +3,7 @@
     temperature = 2.0            # strata of `axes` are drawn by their share to the power 1 / temperature: 1 is natural
     axes = ["scenario", "weather"]
     max_oversampling = 4.0       # no sample is seen more than 4 times as often as naturally, none less than a quarter
-    importance = false           # true: the loss undoes the oversampling (1 / rate), and stays that of the natural world
+    importance = false           # true: the loss undoes the oversampling (1 / rate), as if drawn naturally
     representation = "natural"   # objectives that need no labels: "natural" refuses weights, "mixture" applies them
 
     [weights.rare]               # any axis: a slice of the task, a key of the metadata, or `domain`
@@ -35,7 +35,7 @@ class MixtureRecipe(BaseModel):
     weights: dict[str, dict[str, Weight]] = Field(default={}, description="Axis → value → weight")
     max_oversampling: float = Field(default=4.0, ge=1, le=1e3, description="Bound on the rate, and its inverse below")
     importance: bool = Field(default=False, description="Weigh the loss by 1 / rate")
-    representation: Literal["natural", "mixture"] = Field(default="natural", description="For objectives without labels")
+    representation: Literal["natural", "mixture"] = Field(default="natural", description="Objectives without labels")
 
     @property
     def is_natural(self) -> bool:

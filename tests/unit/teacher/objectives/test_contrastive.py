@@ -107,7 +107,12 @@ def test_the_backbone_sees_one_sensor_at_a_time(samples: Samples, monkeypatch: p
     _, teacher, objective = _made(fused=False)
     backbone, seen = backbone_of(teacher, where="test"), []
     whole = backbone.tokens
-    monkeypatch.setattr(backbone, "tokens", lambda *inputs: (seen.append(inputs), whole(*inputs))[1])
+
+    def noted(*inputs: Tensor) -> Tensor:
+        seen.append(inputs)
+        return whole(*inputs)
+
+    monkeypatch.setattr(backbone, "tokens", noted)
     batch = _batch(objective, samples, np.arange(3))
     objective.losses(teacher, batch)
     (lidar, camera), = seen
@@ -127,7 +132,7 @@ def test_queue_and_key_encoder_move_after_a_step_only(samples: Samples) -> None:
     name, weight = next(iter(backbone.named_parameters()))
     before = weight.detach().clone()
     with torch.no_grad():
-        weight += 1
+        weight.add_(1)
     seen = objective.after_step(teacher, 0)
     assert int(objective.queue.head) == 3
     assert objective.queue.group_Q[:3].tolist() == np.asarray(samples.groups)[[0, 7, 14]].tolist()

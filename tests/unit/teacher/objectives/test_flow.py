@@ -127,7 +127,7 @@ def test_it_learns_and_stays_with_the_teacher(home: Path) -> None:
     inputs = {name: torch.from_numpy(x) for name, x in samples.batch(np.arange(4))[0].items()}
     chance = flow.predict_future(loaded.module, inputs, samples=4, seed=3)
     assert chance.shape == (4, 2, 32, 32)
-    assert set((chance * 4).unique().tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert set((chance * 4).flatten().tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}
     assert torch.equal(chance, flow.predict_future(loaded.module, inputs, samples=4, seed=3))
     assert not torch.equal(chance, flow.predict_future(loaded.module, inputs, samples=4, seed=4))
     scores = judge_futures(flow, loaded.module, samples, np.arange(6), futures=4)
@@ -137,7 +137,7 @@ def test_it_learns_and_stays_with_the_teacher(home: Path) -> None:
 
 
 def test_scores_are_what_the_formulas_say() -> None:
-    truth = np.zeros((2, 1, 2, 2), np.uint8)
+    truth = np.zeros((2, 1, 2, 2))
     truth[0, 0, 0] = 1
     chance = np.array([[[[0.75, 0.25], [0.75, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
     found = future_scores(chance, truth)
@@ -145,7 +145,7 @@ def test_scores_are_what_the_formulas_say() -> None:
     assert found["soft_iou"] == pytest.approx(1.0 / (1.75 + 2 - 1.0), abs=1e-4)
     assert found["brier"] == pytest.approx((0.0625 + 0.5625 + 0.5625) / 8, abs=1e-4)
     assert found["ece"] == pytest.approx((0.75 + abs(1.5 - 1)) / 8, abs=1e-4)  # bins of 0.25 and of 0.75
-    assert future_scores(truth.astype(float), truth)["iou"] == 1
+    assert future_scores(truth, truth)["iou"] == 1
     assert future_statistics(chance, truth)["brier"].shape == (2, 2)
 
 

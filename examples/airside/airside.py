@@ -1,0 +1,163 @@
+"""From the road to the apron: adapt a driving teacher to a new domain, distil it, and gate what would forget the road.
+
+Every step is an `fmdeploy` command, printed before it runs; a second call goes on where the first one stopped.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fmdeploy.cli import main as fmdeploy
+
+ROAD_SEED, AIRSIDE_SEED = "0", "1"  # no simulation is in both domains
+PATHS = Path(__file__).parent
+
+
+class Size(NamedTuple):
+    """How much is recorded and trained."""
+
+    road: int
+    airside: int
+    base: int
+    adapt: int
+    deployed: int
+    update: int
+    networks: tuple[str, ...]
+    student: tuple[str, ...]
+    limits: tuple[str, ...]
+    precision: str = "auto"
+    metric: str = "iou"
+
+
+FULL = Size(
+    road=128, airside=64, base=400, adapt=200, deployed=350, update=250, networks=(), student=(),
+    limits=("--domain-drop", "road=0.05", "--max-slice-drop", "0.1", "--slices", "weather"),
+)
+FAST = Size(
+    road=32, airside=20, base=60, adapt=40, deployed=80, update=80,
+    networks=("--dim", "32", "--depth", "1", "--heads", "2", "--stem-width", "8", "--width", "16"),
+    student=("--stem-width", "8", "--width", "12"),
+    limits=("--domain-drop", "road=0.2", "--max-slice-drop", "0.4", "--slices", "weather", "--min-groups", "3",
+            "--min-samples", "100", "--min-slice-samples", "50"),
+    precision="fp32", metric="drivable_iou",  # a minute is too short for occupancy
+)
+
+
+class Chapter:
+    """The folders of one run, and its commands."""
+
+    def __init__(self, out: Path, size: Size) -> None:
+        self.out, self.size = out, size
+        self.precision = ("--precision", size.precision)
+
+    def run(self, *words: str | int | Path, expect: int | None = 0) -> None:
+        """Run one command in this process; anything but the expected exit code ends the example."""
+        words_shown = [str(word).replace(f"{self.out}/", "") for word in words]
+        print(f"\n$ fmdeploy {' '.join(words_shown)}", flush=True)
+        began, code = time.perf_counter(), 0
+        try:
+            fmdeploy([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        print(f"  exit {code}, {time.perf_counter() - began:.0f} s", flush=True)
+        if expect is not None and code != expect:
+            raise SystemExit(f"expected exit {expect}")
+
+    def data(self) -> None:
+        """Record both domains, and look for leaks in each and across."""
+        out, size = self.out, self.size
+        self.run("data", "record", "--out", out / "road", "--simulations", size.road, "--seed", ROAD_SEED,
+                 "--weathers", "clear", "--weathers", "rain")
+        self.run("data", "record", "--out", out / "airside", "--simulations", size.airside, "--seed", AIRSIDE_SEED,
+                 "--scenarios", "parking", "--scenarios", "intersection", "--profile", "airside", "--rig", "bumper-1",
+                 "--weathers", "night", "--weathers", "fog", "--test", "0.3")
+        self.run("data", "join", out / "road", out / "airside", "--out", out / "both")
+        self.run("data", "audit", out / "both")
+        self.run("data", "canary", out / "road", "--out", out / "canary.json", "--per-label", 8, "--floor", "0.2",
+                 "--metric", size.metric)
+
+    def teachers(self) -> None:
+        """A base teacher on the road; its adapter for the apron from a fifth of the labels there; both in one."""
+        out, size = self.out, self.size
+        self.run("teacher", "train", "--data", out / "road", "--out", out / "base", "--steps", size.base,
+                 *size.networks, *self.precision)
+        self.run("teacher", "adapt", "--method", "lora", "--teacher", out / "base", "--data", out / "airside",
+                 "--labels", "0.2", "--replay-data", out / "road", "--source-data", out / "road",
+                 "--steps", size.adapt, "--out", out / "adapter", *self.precision)
+        self.run("teacher", "merge", "--teacher", out / "base", "--adapter", out / "adapter", "--out", out / "adapted")
+        self.compare("adapted", "base", "teachers", limits=size.limits, expect=None)
+
+    def students(self) -> None:
+        """What drives today, an update from apron logs alone, and one from both domains; no student sees a label."""
+        out, size = self.out, self.size
+        taught = ("--labels", "0", "--loss", "logits=2", "--loss", "features=0.2", *self.precision)
+        self.run("distill", "--data", out / "road", "--teacher", out / "base", "--out", out / "deployed",
+                 "--build-cache", out / "features-road", "--steps", size.deployed, *size.student, *taught)
+        for name, data in (("naive", "airside"), ("kept", "both")):
+            self.run("cache", "--teacher", out / "adapted", "--data", out / data, "--out", out / f"features-{data}")
+            others = ("road",) if data == "airside" else ("road", "airside")
+            shown = [word for other in others for word in ("--teacher-data", out / other)]
+            self.run("distill", "--data", out / data, "--teacher", out / "adapted", "--features", out / f"features-{data}",
+                     "--init", out / "deployed", "--out", out / name, "--steps", size.update, *shown, *taught)
+
+    def deploy(self) -> None:
+        """INT8, a bundle held against budgets, and the gate that the two candidates meet."""
+        out = self.out
+        self.run("quantize", "--student", out / "kept", "--data", out / "both", "--out", out / "quantized")
+        self.run("export", "--model", out / "quantized", "--data", out / "both", "--budgets", PATHS / "budgets.toml",
+                 "--out", out / "bundle")
+        self.run("check", out / "bundle", "--data", out / "both", "--out", out / "check", "--again", "--runs", 50)
+        gate = ("--canary", out / "canary.json", *self.size.limits)
+        self.compare("naive", "deployed", "gate-naive", limits=gate, expect=1)
+        self.compare("kept", "deployed", "gate-kept", limits=gate)
+        self.compare("bundle", "deployed", "gate-int8", limits=gate)
+
+    def compare(self, new: str, old: str, name: str, *, limits: tuple[str | Path, ...], expect: int | None = 0) -> None:
+        """Both models on the held-out scenes of both domains."""
+        out = self.out
+        self.run("compare", out / new, out / old, "--data", out / "road", "--data", out / "airside",
+                 "--new", "airside", "--metric", self.size.metric, "--out", out / name, *limits, expect=expect)
+
+    def record(self) -> dict[str, Any]:
+        """IoU of every model on both domains, and what the gates said."""
+        found = {name: json.loads((self.out / name / "check.json").read_text())
+                 for name in ("teachers", "gate-naive", "gate-kept", "gate-int8")}
+        values = {name: check["values"] for name, check in found.items()}
+        iou = {"base teacher": values["teachers"]["deployed"], "adapted teacher": values["teachers"]["candidate"],
+               "deployed student": values["gate-kept"]["deployed"], "naive student": values["gate-naive"]["candidate"],
+               "kept student": values["gate-kept"]["candidate"], "kept student, INT8": values["gate-int8"]["candidate"]}
+        gates = {}
+        for name in ("gate-naive", "gate-kept", "gate-int8"):
+            rows = json.loads((self.out / name / "gates.json").read_text())
+            gates[name] = [row["name"] for row in rows if row["result"] != "pass"]
+        return {"iou": iou, "blocked_by": gates,
+                "forgetting": {name: check["continual"]["forgetting"] for name, check in found.items()}}
+
+
+def table(iou: dict[str, dict[str, float]]) -> str:
+    """IoU by model and domain, as Markdown."""
+    rows = [f"| {model} | {value['road']:.3f} | {value['airside']:.3f} |" for model, value in iou.items()]
+    return "\n".join(["| model | IoU road | IoU airside |", "|---|---|---|", *rows])
+
+
+def main() -> None:
+    """Run the whole chapter."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("out/airside"))
+    parser.add_argument("--fast", action="store_true", help="a minute's size: the steps, not the numbers")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    chapter = Chapter(options.out, FAST if options.fast else FULL)
+    chapter.data()
+    chapter.teachers()
+    chapter.students()
+    chapter.deploy()
+    found = {"size": "fast" if options.fast else "full", **chapter.record()}
+    (options.out / "record.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{table(found['iou'])}\n\n{time.perf_counter() - began:.0f} s; {options.out / 'record.json'}")
+
+
+if __name__ == "__main__":
+    main()
