@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from support.markdown import Block, shell_blocks
+from support.markdown import run_block, shell_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("teacher", "distill", "quantize", "export", "runtime", "jetson")
@@ -37,13 +36,6 @@ def clone(target: Path) -> Path:
     return target
 
 
-def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
-    programs = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", "-euo", "pipefail", "-c", block.script], cwd=folder, env=environment, text=True,
-                          capture_output=True, check=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_commands_of_the_document_run(document: Path, tmp_path: Path) -> None:
@@ -51,7 +43,7 @@ def test_commands_of_the_document_run(document: Path, tmp_path: Path) -> None:
     for block in shell_blocks(document):
         if block.mark == "no-run":
             continue
-        done = run(block, folder)
+        done = run_block(block, folder)
         assert done.returncode == 0, f"{block.name}\n{block.script}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 

@@ -15,12 +15,12 @@ import pytest
 BLOCKED = (
     "torch", "torchvision", "onnx", "onnxsim", "onnxscript", "modelopt", "tensorrt", "tensorrt_rtx", "torch_tensorrt",
     "transformers", "accelerate", "highway_env", "gymnasium", "pygame", "matplotlib", "jinja2", "openvino", "sklearn",
-    "webdataset", "timm", "peft", "mcap", "PIL", "nuscenes", "docker", "starlette", "uvicorn", "prometheus_client", "model_signing", "cuda",
+    "webdataset", "timm", "peft", "mcap", "PIL", "nuscenes", "docker", "starlette", "uvicorn", "prometheus_client",
+    "model_signing", "cuda",
 )
 # Modules whose purpose is torch or onnx. The device never imports them; each must really need one of the two.
 MAY_NEED_TRAINING = ("fmdeploy.models", "fmdeploy.training", "fmdeploy.teacher", "fmdeploy.distill",
-                     "fmdeploy.quantize", "fmdeploy.export", "fmdeploy.onnxfile", "fmdeploy.estimate",
-                     "fmdeploy.plan")
+                     "fmdeploy.quantize", "fmdeploy.export", "fmdeploy.onnxfile", "fmdeploy.estimate", "fmdeploy.plan")
 DEVICE = ("fmdeploy.runtime", "fmdeploy.jetson", "fmdeploy.evaluate", "fmdeploy.data", "fmdeploy.tasks")
 
 IMPORT_ALL = """

@@ -8,7 +8,10 @@ A mark is an HTML comment on the line before the fence:
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,3 +53,11 @@ def shell_blocks(file: Path) -> list[Block]:
             kind, words = (before["kind"], before["text"]) if before else ("", "")
             found.append(Block(file, line, match["language"], match["body"], kind, words))
     return found
+
+
+def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block in `folder` as a reader would who has activated the environment; the first failure ends it."""
+    programs = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-euo", "pipefail", "-c", block.script], cwd=folder, env=environment, text=True,
+                          capture_output=True, check=False)

@@ -16,6 +16,7 @@ from fmdeploy.data.format import Dataset
 from fmdeploy.data.phash import Signatures, signatures
 from fmdeploy.models.tokens import TokenBackbone
 from fmdeploy.task import Task
+from fmdeploy.teacher.objectives.worldmodel import WorldModelConfig
 
 CHUNK = 512
 
@@ -25,15 +26,16 @@ def tokens_per_example(task: Task, module: nn.Module) -> dict[str, int]:
 
     Returns:
         `frames` of the past; `patches`, the tokens of the transformer (class token left out, 0 where there is no
-        such backbone); `cells` of the input maps; `codes`, what the world model's tokeniser makes of the past frames
-        (one code a patch and frame); `targets`, cells of the dense outputs.
+        such backbone); `cells` of the input maps; `codes` that the world model's tokeniser makes of the past frames,
+        as its options are by default; `targets`, cells of the dense outputs.
     """
     backbone = getattr(module, "backbone", None)
     patches = backbone.side**2 if isinstance(backbone, TokenBackbone) else 0
+    codes = WorldModelConfig().grid ** 2 if patches else 0
     maps = [spec.shape for spec in task.io.inputs if len(spec.shape) == 3]
     dense = [spec.shape for spec in task.io.outputs if len(spec.shape) == 3]
     return {
-        "frames": task.frames, "patches": patches, "codes": patches * task.frames,
+        "frames": task.frames, "patches": patches, "codes": codes * task.frames,
         "cells": sum(prod(shape[1:]) for shape in maps[:1]), "targets": sum(prod(shape) for shape in dense),
     }
 

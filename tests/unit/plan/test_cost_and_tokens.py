@@ -83,7 +83,7 @@ def test_memory_and_flops_follow_the_run() -> None:
 def test_tokens_in_every_unit() -> None:
     task = load_task("bev-occupancy")
     found = tokens_per_example(task, task.teacher(SMALL))
-    assert found == {"frames": 4, "patches": 64, "codes": 256, "cells": 64 * 64, "targets": 5 * 64 * 64}
+    assert found == {"frames": 4, "patches": 64, "codes": 4 * 16 * 16, "cells": 64 * 64, "targets": 5 * 64 * 64}
     assert tokens_per_example(task, Plain())["patches"] == 0
 
 

@@ -41,6 +41,6 @@ def test_guards_of_models_are_listed_with_their_verdict(tmp_path: Path) -> None:
     made = produce(tmp_path / "teacher", Kind.TEACHER, stage="test", config=StageConfig(), inputs={}, build=build)
     rows = event_rows(sources(artifacts=(made,)))
     assert [(row.model, row.event, row.verdict) for row in rows] == [
-        ("teacher", "t", "trusted"), ("teacher", "+1.6s", "not calibrated"), ("teacher", "never", "not measured")]
-    assert rows[0].ratio == "1.02 [0.97, 1.08]"
-    assert rows[2].ratio == "– [–, –]"
+        ("teacher", "+1.6s", "not calibrated"), ("teacher", "never", "not measured"), ("teacher", "t", "trusted")]
+    assert rows[2].ratio == "1.02 [0.97, 1.08]"
+    assert rows[1].ratio == "– [–, –]"
