@@ -25,13 +25,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.distill.distill import distill
 from fmdeploy.evaluate.bootstrap import Interval, drop
-from fmdeploy.evaluate.evaluation import Evaluation
+from fmdeploy.evaluate.evaluation import Evaluation, pooled
 from fmdeploy.task import Metric, load_task
 
 LOSSES = ("labels=0.5", "logits=2", "features=0.2")
@@ -95,16 +94,6 @@ def gain(reference: Evaluation, candidate: Evaluation, metric: Metric) -> Interv
 def show(interval: Interval) -> str:
     """A value with its interval."""
     return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-
-
-def pooled(evaluations: list[Evaluation]) -> Evaluation:
-    """All seeds as one evaluation; a simulation keeps its group, so the seeds of one simulation stay together."""
-    first = evaluations[0]
-    return Evaluation(
-        ids=tuple(f"{number}:{i}" for number, e in enumerate(evaluations) for i in e.ids),
-        groups=np.concatenate([e.groups for e in evaluations]), slices={}, data=first.data,
-        stats={name: np.concatenate([e.stats[name] for e in evaluations]) for name in first.stats},
-    )
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fmdeploy.artifact import Artifact
 from fmdeploy.distill.distill import distill
 from fmdeploy.evaluate.bootstrap import drop
-from fmdeploy.evaluate.evaluation import Evaluation
+from fmdeploy.evaluate.evaluation import Evaluation, pooled
 from fmdeploy.task import Metric, load_task
 
 LABELS = 0.1
@@ -52,16 +50,6 @@ def student(demo: Path, out: Path, **options: Any) -> Evaluation:
     """Train one student and return its test evaluation."""
     artifact: Artifact = distill(data=demo / "data", out=out, **options)
     return Evaluation.load(artifact, "evaluation")
-
-
-def pooled(evaluations: list[Evaluation]) -> Evaluation:
-    """All draws as one evaluation; a simulation keeps its group, so draws of one simulation stay together."""
-    first = evaluations[0]
-    return Evaluation(
-        ids=tuple(f"{number}:{i}" for number, e in enumerate(evaluations) for i in e.ids),
-        groups=np.concatenate([e.groups for e in evaluations]), slices={}, data=first.data,
-        stats={name: np.concatenate([e.stats[name] for e in evaluations]) for name in first.stats},
-    )
 
 
 def report(pairs: list[tuple[Evaluation, Evaluation]], whole: Evaluation, metric: Metric) -> None:

@@ -12,37 +12,41 @@ from typing import Any, NamedTuple
 from fmdeploy.cli import main as fmdeploy
 
 ROAD_SEED, AIRSIDE_SEED = "0", "1"  # no simulation is in both domains
-PATHS = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 class Size(NamedTuple):
-    """How much is recorded and trained."""
+    """How much is recorded and trained, and how strict the gate is."""
 
     road: int
     airside: int
+    frames: int
     base: int
     adapt: int
     deployed: int
     update: int
-    networks: tuple[str, ...]
-    student: tuple[str, ...]
-    limits: tuple[str, ...]
-    precision: str = "auto"
+    gate: str
+    teacher: str = ""
+    student: str = ""
+    training: str = ""
     metric: str = "iou"
+    budgets: str = "budgets.toml"
 
 
 FULL = Size(
-    road=128, airside=64, base=400, adapt=200, deployed=350, update=250, networks=(), student=(),
-    limits=("--domain-drop", "road=0.05", "--max-slice-drop", "0.1", "--slices", "weather"),
+    road=128, airside=64, frames=40, base=400, adapt=100, deployed=250, update=150,
+    gate="--domain-drop road=0.05 --max-slice-drop 0.1 --slices weather",
 )
-FAST = Size(
-    road=32, airside=20, base=60, adapt=40, deployed=80, update=80,
-    networks=("--dim", "32", "--depth", "1", "--heads", "2", "--stem-width", "8", "--width", "16"),
-    student=("--stem-width", "8", "--width", "12"),
-    limits=("--domain-drop", "road=0.2", "--max-slice-drop", "0.4", "--slices", "weather", "--min-groups", "3",
-            "--min-samples", "100", "--min-slice-samples", "50"),
-    precision="fp32", metric="drivable_iou",  # a minute is too short for occupancy
+FAST = Size(  # a minute is too short for occupancy: the drivable area stands in for it
+    road=24, airside=12, frames=28, base=50, adapt=30, deployed=60, update=60,
+    gate="--domain-drop road=0.2 --domain-drop airside=0.5 --max-slice-drop 0.5 --slices weather "
+         "--min-groups 2 --min-samples 30 --min-slice-samples 10",
+    teacher="--dim 32 --depth 1 --heads 2 --stem-width 8 --width 16", student="--stem-width 8 --width 12",
+    training="--batch 8 --precision fp32", metric="drivable_iou", budgets="budgets-fast.toml",
 )
+APRON = ("--scenarios parking --scenarios intersection --profile airside --rig bumper-1 "
+         "--weathers night --weathers fog --test 0.3")
+TAUGHT = "--labels 0 --loss logits=2 --loss features=0.2"  # no student sees a label
 
 
 class Chapter:
@@ -50,7 +54,6 @@ class Chapter:
 
     def __init__(self, out: Path, size: Size) -> None:
         self.out, self.size = out, size
-        self.precision = ("--precision", size.precision)
 
     def run(self, *words: str | int | Path, expect: int | None = 0) -> None:
         """Run one command in this process; anything but the expected exit code ends the example."""
@@ -68,11 +71,11 @@ class Chapter:
     def data(self) -> None:
         """Record both domains, and look for leaks in each and across."""
         out, size = self.out, self.size
-        self.run("data", "record", "--out", out / "road", "--simulations", size.road, "--seed", ROAD_SEED,
-                 "--weathers", "clear", "--weathers", "rain")
-        self.run("data", "record", "--out", out / "airside", "--simulations", size.airside, "--seed", AIRSIDE_SEED,
-                 "--scenarios", "parking", "--scenarios", "intersection", "--profile", "airside", "--rig", "bumper-1",
-                 "--weathers", "night", "--weathers", "fog", "--test", "0.3")
+        self.run("data", "record", "--out", out / "road", "--simulations", size.road, "--frames", size.frames,
+                 "--seed", ROAD_SEED, "--weathers", "clear", "--weathers", "rain")
+        self.run("data", "record", "--out", out / "airside", "--simulations", size.airside, "--frames", size.frames,
+                 "--seed", AIRSIDE_SEED,
+                 *APRON.split())
         self.run("data", "join", out / "road", out / "airside", "--out", out / "both")
         self.run("data", "audit", out / "both")
         self.run("data", "canary", out / "road", "--out", out / "canary.json", "--per-label", 8, "--floor", "0.2",
@@ -82,43 +85,44 @@ class Chapter:
         """A base teacher on the road; its adapter for the apron from a fifth of the labels there; both in one."""
         out, size = self.out, self.size
         self.run("teacher", "train", "--data", out / "road", "--out", out / "base", "--steps", size.base,
-                 *size.networks, *self.precision)
+                 *size.teacher.split(), *size.training.split())
         self.run("teacher", "adapt", "--method", "lora", "--teacher", out / "base", "--data", out / "airside",
                  "--labels", "0.2", "--replay-data", out / "road", "--source-data", out / "road",
-                 "--steps", size.adapt, "--out", out / "adapter", *self.precision)
+                 "--steps", size.adapt, "--out", out / "adapter", *size.training.split())
         self.run("teacher", "merge", "--teacher", out / "base", "--adapter", out / "adapter", "--out", out / "adapted")
-        self.compare("adapted", "base", "teachers", limits=size.limits, expect=None)
+        self.compare("adapted", "base", "teachers", expect=None)
 
     def students(self) -> None:
         """What drives today, an update from apron logs alone, and one from both domains; no student sees a label."""
         out, size = self.out, self.size
-        taught = ("--labels", "0", "--loss", "logits=2", "--loss", "features=0.2", *self.precision)
+        taught = (*TAUGHT.split(), *size.training.split())
         self.run("distill", "--data", out / "road", "--teacher", out / "base", "--out", out / "deployed",
-                 "--build-cache", out / "features-road", "--steps", size.deployed, *size.student, *taught)
+                 "--build-cache", out / "features-road", "--steps", size.deployed,
+                 *size.student.split(), *taught)
         for name, data in (("naive", "airside"), ("kept", "both")):
             self.run("cache", "--teacher", out / "adapted", "--data", out / data, "--out", out / f"features-{data}")
             others = ("road",) if data == "airside" else ("road", "airside")
             shown = [word for other in others for word in ("--teacher-data", out / other)]
-            self.run("distill", "--data", out / data, "--teacher", out / "adapted", "--features", out / f"features-{data}",
-                     "--init", out / "deployed", "--out", out / name, "--steps", size.update, *shown, *taught)
+            self.run("distill", "--data", out / data, "--teacher", out / "adapted", "--init", out / "deployed", *shown,
+                     "--features", out / f"features-{data}", "--out", out / name, "--steps", size.update, *taught)
 
     def deploy(self) -> None:
         """INT8, a bundle held against budgets, and the gate that the two candidates meet."""
         out = self.out
         self.run("quantize", "--student", out / "kept", "--data", out / "both", "--out", out / "quantized")
-        self.run("export", "--model", out / "quantized", "--data", out / "both", "--budgets", PATHS / "budgets.toml",
+        self.run("export", "--model", out / "quantized", "--data", out / "both", "--budgets", HERE / self.size.budgets,
                  "--out", out / "bundle")
-        self.run("check", out / "bundle", "--data", out / "both", "--out", out / "check", "--again", "--runs", 50)
-        gate = ("--canary", out / "canary.json", *self.size.limits)
-        self.compare("naive", "deployed", "gate-naive", limits=gate, expect=1)
-        self.compare("kept", "deployed", "gate-kept", limits=gate)
-        self.compare("bundle", "deployed", "gate-int8", limits=gate)
+        self.run("check", out / "bundle", "--data", out / "both", "--out", out / "check", "--again", "--runs", 100)
+        canaries = ("--canary", out / "canary.json")
+        self.compare("naive", "deployed", "gate-naive", *canaries, expect=1)
+        self.compare("kept", "deployed", "gate-kept", *canaries)
+        self.compare("bundle", "deployed", "gate-int8", *canaries)
 
-    def compare(self, new: str, old: str, name: str, *, limits: tuple[str | Path, ...], expect: int | None = 0) -> None:
+    def compare(self, new: str, old: str, name: str, *more: str | Path, expect: int | None = 0) -> None:
         """Both models on the held-out scenes of both domains."""
         out = self.out
-        self.run("compare", out / new, out / old, "--data", out / "road", "--data", out / "airside",
-                 "--new", "airside", "--metric", self.size.metric, "--out", out / name, *limits, expect=expect)
+        self.run("compare", out / new, out / old, "--data", out / "road", "--data", out / "airside", "--new", "airside",
+                 "--metric", self.size.metric, "--out", out / name, *self.size.gate.split(), *more, expect=expect)
 
     def record(self) -> dict[str, Any]:
         """IoU of every model on both domains, and what the gates said."""

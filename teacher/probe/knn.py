@@ -8,15 +8,14 @@ Legend: N queries, M train samples, P pooled features, C classes.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from fmdeploy.evaluate.metrics import Accuracy
-from fmdeploy.task import Metric
-from fmdeploy.teacher.probe.base import Bench, Judged, StatisticsRung, View
-from fmdeploy.teacher.probe.labels import class_count, class_labels
+from fmdeploy.teacher.probe.base import View
+from fmdeploy.teacher.probe.classes import ClassRung, Labels
 from fmdeploy.teacher.probe.pooled import standardised
 
 NEIGHBOURS = (20, 10, 50, 5)  # DINO's own first: it wins where val cannot tell
@@ -34,27 +33,17 @@ def votes(queries_NP: Tensor, train_MP: Tensor, labels_M: Tensor, classes: int, 
     return torch.cat(found)
 
 
-class Knn(StatisticsRung):
+class Knn(ClassRung):
     """Scene accuracy of the weighted vote; k is chosen on val."""
 
     name = "knn"
-    metric_name = "accuracy"
 
-    def metric(self) -> Metric:
-        """Accuracy of the vote."""
-        return Accuracy("accuracy", "probe", "label")
-
-    def judge(self, view: View, bench: Bench) -> Judged:
-        """See `StatisticsRung.judge`."""
-        task = view.subject.task
-        labels = {split: torch.from_numpy(class_labels(task, view.targets(split)))
-                  for split in ("train", "val", "test")}
+    def answer(self, view: View, labels: Labels, classes: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `ClassRung.answer`."""
         x = {split: normalize(standardised(view, split), dim=1) for split in labels}
 
         def voted(split: str, k: int) -> Tensor:
-            return votes(x[split], x["train"], labels["train"], class_count(task), k)
+            return votes(x[split], x["train"], labels["train"], classes, k)
 
         best = max(NEIGHBOURS, key=lambda k: float((voted("val", k).argmax(1) == labels["val"]).double().mean()))
-        stats = self.metric().statistics({"probe": voted("test", best).float().numpy()},
-                                         {"label": np.asarray(labels["test"])})
-        return Judged(view.evaluation(self.metric(), stats), chosen={"k": best})
+        return voted("test", best), {"k": best}

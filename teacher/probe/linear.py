@@ -5,15 +5,14 @@ Legend: N samples, P pooled features, C classes.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fmdeploy.evaluate.metrics import Accuracy
-from fmdeploy.task import Metric
-from fmdeploy.teacher.probe.base import Bench, Judged, StatisticsRung, View
-from fmdeploy.teacher.probe.labels import class_count, class_labels
+from fmdeploy.teacher.probe.base import View
+from fmdeploy.teacher.probe.classes import ClassRung, Labels
 from fmdeploy.teacher.probe.pooled import standardised
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -45,30 +44,19 @@ def logits(x_NP: Tensor, weights: Tensor) -> Tensor:
     return x_NP @ weights[:-1] + weights[-1]
 
 
-class Linear(StatisticsRung):
+class Linear(ClassRung):
     """Scene accuracy of a linear classifier; its strength is chosen on val."""
 
     name = "linear"
-    metric_name = "accuracy"
 
-    def metric(self) -> Metric:
-        """Accuracy of the probe."""
-        return Accuracy("accuracy", "probe", "label")
-
-    def judge(self, view: View, bench: Bench) -> Judged:
-        """See `StatisticsRung.judge`."""
-        task = view.subject.task
-        labels = {split: torch.from_numpy(class_labels(task, view.targets(split)))
-                  for split in ("train", "val", "test")}
+    def answer(self, view: View, labels: Labels, classes: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `ClassRung.answer`."""
         x = {split: standardised(view, split) for split in labels}
-        fitted = {strength: fit_logistic(x["train"], labels["train"], class_count(task), strength)
-                  for strength in STRENGTHS}
+        fitted = {strength: fit_logistic(x["train"], labels["train"], classes, strength) for strength in STRENGTHS}
 
         def worth(strength: float) -> tuple[float, float]:
             said = logits(x["val"], fitted[strength])
             return float((said.argmax(1) == labels["val"]).double().mean()), -float(cross_entropy(said, labels["val"]))
 
         best = max(STRENGTHS, key=worth)
-        answers = logits(x["test"], fitted[best]).float().numpy()
-        stats = self.metric().statistics({"probe": answers}, {"label": np.asarray(labels["test"])})
-        return Judged(view.evaluation(self.metric(), stats), chosen={"strength": best})
+        return logits(x["test"], fitted[best]), {"strength": best}

@@ -5,7 +5,7 @@ Legend: N samples, K statistics of one metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,16 @@ class Evaluation:
                     f"{what} has the wrong length", where=f"{name}.safetensors", expected=len(ids), found=len(rows)
                 )
         return Evaluation(ids, groups, slices, stats, str(header["data"]))
+
+
+def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Several runs (seeds, draws) on the same samples as one evaluation; samples of one group stay in one cluster."""
+    first = evaluations[0]
+    return Evaluation(
+        ids=tuple(f"{number}:{i}" for number, e in enumerate(evaluations) for i in e.ids),
+        groups=np.concatenate([e.groups for e in evaluations]), slices={}, data=first.data,
+        stats={name: np.concatenate([e.stats[name] for e in evaluations]) for name in first.stats},
+    )
 
 
 def data_key(digest: str, split: str) -> str:
