@@ -38,7 +38,7 @@ FULL = Size(
     gate="--domain-drop road=0.05 --max-slice-drop 0.1 --slices weather",
 )
 FAST = Size(  # a minute is too short for occupancy: the drivable area stands in for it
-    road=24, airside=12, frames=28, base=50, adapt=30, deployed=60, update=60,
+    road=32, airside=12, frames=28, base=50, adapt=30, deployed=60, update=60,
     gate="--domain-drop road=0.2 --domain-drop airside=0.5 --max-slice-drop 0.5 --slices weather "
          "--min-groups 2 --min-samples 30 --min-slice-samples 10",
     teacher="--dim 32 --depth 1 --heads 2 --stem-width 8 --width 16", student="--stem-width 8 --width 12",

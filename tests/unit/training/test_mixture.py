@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmdeploy.data.blocks import Blocks
+from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import ConfigError
 from fmdeploy.subset import Subset
 from fmdeploy.task import Array, Arrays
@@ -107,6 +108,12 @@ def test_weights_name_slices_and_metadata() -> None:
     assert rate_N[rare & ~fog].mean() / rate_N[~rare & ~fog].mean() == pytest.approx(3.0)
     assert rate_N[fog & ~rare].mean() / rate_N[~rare & ~fog].mean() == pytest.approx(2.0)
     assert rate_N.max() <= 4.0
+    by_label = rates_of(MixtureRecipe(weights={"label": {"7": 2.0, "300": 4.0}}), samples, ())
+    assert by_label[7] / by_label[8] == pytest.approx(2.0)
+    assert by_label[300] / by_label[8] == pytest.approx(4.0, rel=0.05)
+    sequences = [SequenceInfo(f"drive{k}", "x", 10, {"place": "north" if k < 20 else "south"}) for k in range(40)]
+    by_place = rates_of(MixtureRecipe(weights={"place": {"north": 3.0}}), samples, sequences)
+    assert by_place[0] / by_place[399] == pytest.approx(3.0)
     with pytest.raises(ConfigError, match="no sample has rare 'moose'.*cut-in"):
         rates_of(MixtureRecipe(weights={"rare": {"moose": 2.0}}), samples, ())
     with pytest.raises(ConfigError, match="no sample has such an axis.*rare, weather"):

@@ -16,17 +16,22 @@ from fmdeploy.task import Samples
 from fmdeploy.training.mixture.recipe import MixtureRecipe
 
 ABSENT = "none"
+LABELS_AT_ONCE = 256
 STEPS = 200  # halvings of an interval: more than a float64 can tell apart
 
 
 def axis_values(samples: Samples, axis: str, sequences: Sequence[SequenceInfo]) -> Array:
-    """Value (N,) of every sample on `axis`: a slice of the task, or a key of its sequence's metadata.
+    """Value (N,) of every sample on `axis`: a slice of the task, a class label, or a key of its sequence's metadata.
 
     Raises:
         ConfigError: no sample has it.
     """
     if axis in samples.slices:
         return np.asarray(samples.slices[axis]).astype(np.str_)
+    label = samples.batch(np.arange(min(1, len(samples))))[1].get(axis)
+    if label is not None and label.ndim == 1:
+        parts = np.array_split(np.arange(len(samples)), -(-len(samples) // LABELS_AT_ONCE))
+        return np.concatenate([samples.batch(part)[1][axis] for part in parts]).astype(np.str_)
     value_of = {s.id: str(s.metadata[axis]) for s in sequences if axis in s.metadata}
     if not value_of:
         known = sorted({*samples.slices, *(key for s in sequences for key in s.metadata)})

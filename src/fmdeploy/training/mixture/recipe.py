@@ -6,7 +6,7 @@
     importance = false           # true: the loss undoes the oversampling (1 / rate), as if drawn naturally
     representation = "natural"   # objectives that need no labels: "natural" refuses weights, "mixture" applies them
 
-    [weights.rare]               # any axis: a slice of the task, a key of the metadata, or `domain`
+    [weights.rare]               # a slice of the task, a class label, a key of the metadata, or `domain`
     cut-in = 3.0
     near-collision = 3.0
     [weights.weather]

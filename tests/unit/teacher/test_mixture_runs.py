@@ -1,0 +1,69 @@
+"""Mixture and replay through the command: what goes into the manifest, and a run that is killed and goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.training_data import TEACHER, write_scenes
+
+from fmdeploy.errors import ConfigError
+from fmdeploy.teacher.train import train
+from fmdeploy.training import loop
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mixture")
+    write_scenes(root / "new", sequences=16)
+    write_scenes(root / "old", seed=1, sequences=16)
+    (root / "merge.toml").write_text('importance = true\n[weights.scenario]\nmerge = 3.0\n')
+    return root
+
+
+def run(home: Path, out: Path, **options: Any) -> Any:
+    return train(data=home / "new", out=out, **{**TEACHER, "steps": 6, "checkpoint_every": 2, **options})
+
+
+def test_the_manifest_says_what_was_seen(home: Path, tmp_path: Path) -> None:
+    made = run(home, tmp_path / "t", mixture=home / "merge.toml", replay=[home / "old"], replay_share=0.5, replay_samples=8)
+    config = made.manifest.config
+    assert config["mixture"]["weights"] == {"scenario": {"merge": 3.0}}
+    assert (config["replay_share"], config["replay_samples"]) == (0.5, 8)
+    assert set(made.inputs) == {"data", "replay0"}
+    plain = run(home, tmp_path / "plain").manifest.config
+    assert "replay_share" not in plain
+    assert "mixture" not in plain
+
+
+def test_a_natural_mixture_changes_nothing(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat.toml").write_text("[weights.scenario]\nmerge = 1.0\n")
+    plain, flat = run(home, tmp_path / "a"), run(home, tmp_path / "b", mixture=tmp_path / "flat.toml")
+    assert plain.path("model.safetensors").read_bytes() == flat.path("model.safetensors").read_bytes()
+
+
+def test_a_killed_run_goes_on_to_the_same_artifact(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"mixture": home / "merge.toml", "replay": [home / "old"]}
+    whole = run(home, tmp_path / "whole", **options)
+    step = loop.Run.step
+
+    def dying(self: loop.Run, number: int, take: Any) -> None:
+        if number == 5:
+            raise KeyboardInterrupt
+        step(self, number, take)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, tmp_path / "again", **options)
+    assert run(home, tmp_path / "again", **options).digest == whole.digest
+
+
+def test_representation_is_learnt_at_natural_frequency(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.toml").write_text("[weights.scenario]\nmerge = 3.0\n")
+    with pytest.raises(ConfigError, match="natural frequency.*representation"):
+        run(home, tmp_path / "t", mixture=tmp_path / "m.toml", objective=["mae"])
+    assert not (tmp_path / "t").exists()
+    (tmp_path / "m.toml").write_text('representation = "mixture"\n[weights.scenario]\nmerge = 3.0\n')
+    assert run(home, tmp_path / "t", mixture=tmp_path / "m.toml", objective=["mae"], steps=2).has("model.safetensors")
