@@ -24,9 +24,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py
 demo: setup
 	$(BIN)/fmdeploy demo --out $(OUT)
 
-# Two test processes of one thread each: two thread pools on two cores are many times slower than either.
+# Two test processes of one thread each: two thread pools on two cores are many times slower than either. Files in their
+# own order: xdist would leave those with few tests to the end, which are the long ones, and one process would idle.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 # The runtime image on a real engine, installed and started where there is none; ARCH=arm64 runs it under qemu.
 test-container: setup

@@ -182,6 +182,7 @@ def run(options: argparse.Namespace, out: Path) -> bool:
 
 def compare_methods(options: argparse.Namespace, teacher: Artifact, source: Dataset, out: Path) -> bool:
     """Train every arm and print its row; whether an arm of LoRA reaches the targets."""
+    old = source.artifact.root
     target = record(out=out / "target", simulations=options.simulations, seed=5000, profile="airside", rig="bumper-1",
                     scenarios=tuple(options.scenarios))
     domains = (open_dataset(target.root), source)
@@ -189,8 +190,7 @@ def compare_methods(options: argparse.Namespace, teacher: Artifact, source: Data
     print(f"  {'arm':<26}{'trained':>9}{'lr':>8}  {'target IoU':>10}   of full fine-tuning       fall on the source",
           flush=True)
     full, rate = best_of(options.lr_full, lambda lr: train(
-        init=teacher.root, out=out / f"full-{lr:g}", lr=lr, replay=(str(source.artifact.root),), replay_share=options.replay,
-        **shared))
+        init=teacher.root, out=out / f"full-{lr:g}", lr=lr, replay=(old,), replay_share=options.replay, **shared))
     base = load_model(teacher)
     before, best = evaluations(base, domains), evaluations(load_model(full), domains)
     compare = functools.partial(row, base.task.metrics()[0], before, best[0])
@@ -200,7 +200,7 @@ def compare_methods(options: argparse.Namespace, teacher: Artifact, source: Data
     for name in options.methods:
         tuned, rate = best_of(options.lr, lambda lr, name=name: adapt(  # type: ignore[misc]
             teacher=teacher.root, out=out / f"{name.replace(' ', '-').replace(',', '')}-{lr:g}", lr=lr,
-            replay_data=source.artifact.root, replay_share=options.replay, **ARMS[name], **shared))
+            replay_data=old, replay_share=options.replay, **ARMS[name], **shared))
         share = tuned.json("metrics.json")["share"]
         reached, fall = compare(name, share, rate, evaluations(load_adapted(teacher, tuned), domains))
         met |= ARMS[name]["method"] == "lora" and share <= 0.02 and reached >= 0.95 and fall <= 0.01
@@ -210,8 +210,8 @@ def compare_methods(options: argparse.Namespace, teacher: Artifact, source: Data
 def best_of(rates: list[float], make: Callable[[float], Artifact]) -> tuple[Artifact, float]:
     """The run with the highest IoU on the target's val split, and its learning rate."""
     made = [(make(rate), rate) for rate in rates]
-    for artifact, rate in made if len(made) > 1 else ():
-        print(f"    {artifact.root.name:<24} {_val_iou(artifact):.4f} on val", flush=True)
+    if len(made) > 1:
+        print("    on val: " + ", ".join(f"lr {rate:g}: {_val_iou(run):.4f}" for run, rate in made), flush=True)
     return max(made, key=lambda pair: _val_iou(pair[0]))
 
 

@@ -136,6 +136,8 @@ def _objective(
     made = {name: make_loss(name, options.get(name, {})) for name in (*weights.outputs, *weights.maps)}
     outputs = [(loss, weights.outputs[name]) for name, loss in made.items() if isinstance(loss, OutputLoss)]
     maps = [(loss, weights.maps[name]) for name, loss in made.items() if isinstance(loss, MapLoss)]
+    for loss, _ in outputs:
+        loss.check(sources.task)
     pairs = _pairs(config, sources) if maps else []
     live = live_views(config, sources, [layer for layer, _ in pairs]) if batches.live else []
     answers = [_answering(config, sources, batches, live, number) for number in range(len(sources.teachers))]

@@ -92,7 +92,7 @@ class DistillBatches:
         geometry = mine(self.augmentation.draw(config.batch, seed=config.seed, step=step), self.num_labelled, part,
                         config.accumulation)
         inputs, targets = self.samples.batch(index)
-        if (weights := self.mixture.weights(index)) is not None:
+        if (weights := self.mixture.weights(index, self.labelled)) is not None:
             targets = {**targets, WEIGHT: weights}
         batch: Batch = {"inputs": inputs, "targets": {name: array[:labels] for name, array in targets.items()}}
         batch |= {f"teacher{number}": cache.batch(index) for number, cache in enumerate(self.caches)}

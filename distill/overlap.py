@@ -56,10 +56,12 @@ def check_training_data(sources: Sequence[Artifact], data: Dataset, shown: Seque
 
 
 def _datasets(parents: Mapping[str, Parent]) -> Iterator[str]:
+    """Digests of what was read; not of what such a dataset was split or joined from, whose splits nobody trained on."""
     for parent in parents.values():
         if parent.kind is Kind.DATASET:
             yield parent.digest
-        yield from _datasets(parent.inputs)
+        else:
+            yield from _datasets(parent.inputs)
 
 
 def _require_disjoint(other: Dataset, data: Dataset) -> None:

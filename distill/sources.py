@@ -87,7 +87,7 @@ def sources_of(config: DistillConfig) -> Sources:
     start = _start(config, init) if init is not None else None
     seen = [teacher.artifact for teacher in teachers] + ([init] if init is not None else [])
     elsewhere = check_training_data(seen, data, config.teacher_data)
-    replay = open_replay(config)
+    replay = open_replay(config.replay, data)
     return Sources(task, data, _with_features(config, teachers), init, start, elsewhere, replay)
 
 

@@ -105,8 +105,15 @@ def train(config: TeacherConfig) -> Artifact:
 
 
 def _start(config: TeacherConfig) -> Start:
-    choose(config.objective, config.set)  # a typing error is told before anything is opened
-    task, data, replay = load_task(config.task), open_dataset(config.data), open_replay(config)
+    choices = choose(config.objective, config.set)  # a typing error is told before anything is opened
+    if config.labels < 1 and not any(choice.kind.needs_labels for choice in choices):
+        raise ConfigError("no objective of this run reads labels, so samples without them are as good", where="labels",
+                          found=config.labels, fix="Leave --labels out")
+    if config.sharding != "none" and (whole := [c.kind.name for c in choices if not c.kind.shardable]):
+        raise ConfigError(f"the objective {whole[0]} needs its whole network in each process", where="sharding",
+                          found=config.sharding, fix="Leave --sharding out")
+    task, data = load_task(config.task), open_dataset(config.data)
+    replay = open_replay(config.replay, data)
     if config.init is None:
         return Start(task, data, replay=replay)
     init = open_artifact(config.init, Kind.TEACHER)

@@ -39,6 +39,13 @@ class Loss:
 class OutputLoss(Loss, ABC):
     """A loss between the student's outputs and a teacher's, or the average of several teachers'."""
 
+    def check(self, task: Task) -> None:
+        """Refuse a task whose outputs this loss cannot compare.
+
+        Raises:
+            ConfigError: with what it would need.
+        """
+
     @abstractmethod
     def __call__(self, task: Task, outputs: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
         """Scalar loss of logits (B, ...) by name; sums over the batch go over all processes."""

@@ -5,10 +5,13 @@ Legend: B batch, C classes; `...` any shape.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 from torch import Tensor
 
 from fmdeploy.distill.losses.base import LossConfig, OutputLoss
+from fmdeploy.errors import ConfigError
 from fmdeploy.task import Task
 from fmdeploy.training.losses import bernoulli_kl, kl_divergence
 
@@ -17,7 +20,8 @@ class KdConfig(LossConfig):
     """How soft, and how much each output counts."""
 
     temperature: float = Field(default=2.0, gt=0)
-    weights: dict[str, float] = Field(default={}, description="output → weight; 1 where it is not named")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default={}, description=(
+        "output → weight; 1 where it is not named"))
 
 
 class Kd(OutputLoss):
@@ -29,6 +33,15 @@ class Kd(OutputLoss):
     name = "kd"
     Config = KdConfig
     config: KdConfig
+
+    def check(self, task: Task) -> None:
+        """Refuse weights of outputs that are nowhere, and weights that leave nothing."""
+        names = [spec.name for spec in task.io.outputs]
+        if unknown := sorted(set(self.config.weights) - set(names)):
+            raise ConfigError("the task has no such output", where="loss kd.weights", expected=", ".join(names),
+                              found=unknown[0])
+        if not any(self.config.weights.get(name, 1.0) for name in names):
+            raise ConfigError("no output has weight", where="loss kd.weights", fix="Leave kd out of --loss")
 
     def __call__(self, task: Task, outputs: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
         """See `OutputLoss`."""

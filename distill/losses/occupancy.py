@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, softplus
 
 from fmdeploy.distill.losses.base import LossConfig, OutputLoss
+from fmdeploy.errors import ConfigError
 from fmdeploy.task import Task
 from fmdeploy.training.distributed import sum_over_ranks
 
@@ -37,6 +38,14 @@ class Occupancy(OutputLoss):
     name = "occupancy"
     Config = OccupancyConfig
     config: OccupancyConfig
+
+    def check(self, task: Task) -> None:
+        """Refuse a task without dense yes-or-no outputs."""
+        exclusive = task.exclusive()
+        if not any(len(spec.shape) == 3 and spec.name not in exclusive for spec in task.io.outputs):
+            raise ConfigError("compares yes-or-no outputs (C, H, W), and this task has none", where="loss occupancy",
+                              found=", ".join(f"{spec.name} {list(spec.shape)}" for spec in task.io.outputs),
+                              fix="Use logits or kd")
 
     def __call__(self, task: Task, outputs: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
         """See `OutputLoss`; only yes-or-no outputs (B, C, H, W) take part."""

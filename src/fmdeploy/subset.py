@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fmdeploy.data.blocks import Blocks
 from fmdeploy.task import Array, Arrays, Samples
 
 ASKED_BY_NUMBER = ("frames", "occupancy", "motion")
@@ -36,13 +37,18 @@ class Subset:
         """Slicings of the chosen samples."""
         return {name: np.asarray(labels)[self.index] for name, labels in self.whole.slices.items()}
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """Where the chosen samples lie, for an order that stays in few shards; None where the whole does not say."""
+        found: Blocks | None = getattr(self.whole, "blocks", None)
+        return None if found is None else Blocks(found.block_N[self.index], found.bytes_K, found.budget)
+
     def __len__(self) -> int:
         return len(self.index)
 
     def batch(self, index: Array) -> tuple[Arrays, Arrays]:
         """Inputs and targets of the chosen samples `index` (B,)."""
         return self.whole.batch(self.index[index])
-
 
     def __getattr__(self, name: str) -> Any:
         """Other ways to ask the whole by sample number (`frames`, `occupancy`, `motion`), with the chosen numbers."""

@@ -29,6 +29,7 @@ from fmdeploy.training.device import resolve_precision, together
 from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.log import parse_log
 from fmdeploy.training.loop import Job, fit
+from fmdeploy.training.mixture.options import open_replay
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ def adapt(config: AdaptConfig) -> Artifact:
         DivergedError: the loss became NaN.
     """
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
-    start = Start(open_artifact(config.teacher, Kind.TEACHER), open_dataset(config.data),
-                  open_dataset(config.replay_data) if config.replay_data else None,
+    data = open_dataset(config.data)
+    replay = open_replay((config.replay_data,), data)[0] if config.replay_data else None
+    start = Start(open_artifact(config.teacher, Kind.TEACHER), data, replay,
                   open_dataset(config.source_data) if config.source_data else None)
     return produce(
         config.out, Kind.ADAPTER, stage="teacher adapt", config=config, inputs=start.inputs(),

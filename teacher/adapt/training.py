@@ -43,7 +43,8 @@ class Adaptation(nn.Module):
     def forward(self, batch: Tensors) -> Losses:
         """Part `hard`: `Task.loss`."""
         outputs = named_outputs(self.task.io, self.teacher(*input_list(self.task.io, batch["inputs"])))
-        return {"hard": self.task.loss(outputs, batch["targets"]).float()}
+        # This runs inside autocast: sums over the cells of a batch must not be taken of bf16 numbers.
+        return {"hard": self.task.loss({name: x.float() for name, x in outputs.items()}, batch["targets"])}
 
 
 @dataclass(frozen=True)

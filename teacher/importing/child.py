@@ -3,7 +3,7 @@
     python -m fmdeploy.teacher.importing.child SOURCE TARGET LIMIT_BYTES
 
 It reads weights only: torch's unpickler knows tensors, numbers, texts and containers, and stops at every other name.
-It runs under limits on memory, time, file size and processes, so that a bomb ends here. One JSON line on stdout says
+It runs under limits on memory, time and file size, so that a bomb ends here. One JSON line on stdout says
 what was found, or why not.
 """
 

@@ -45,12 +45,14 @@ class Objective(nn.Module, ABC):
         name: As in `--objective NAME`.
         needs_labels: Whether it reads `batch["targets"]`, and so trains the heads too.
         kept: Whether its own weights stay in the TEACHER (a world model is of use afterwards).
+        shardable: Whether it trains with `--sharding fsdp`: it then touches weights inside the forward pass alone.
         Config: Its options.
     """
 
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     kept: ClassVar[bool] = False
+    shardable: ClassVar[bool] = True
     Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
 
     def __init__(self, task: Task, teacher: nn.Module, config: ObjectiveConfig, *, steps: int) -> None:

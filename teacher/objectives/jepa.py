@@ -66,6 +66,12 @@ class Jepa(Objective):
         self.leave = nn.Linear(config.width, backbone.dim)
         self.monitor = CollapseMonitor(config, advice=ADVICE)
 
+    def train(self, mode: bool = True) -> Jepa:
+        """The target stays as in use: dropout and batch statistics have no place in what is to be predicted."""
+        super().train(mode)
+        self.target.eval()
+        return self
+
     def arrays(self, samples: Samples, index: Index, rngs: Sequence[Generator]) -> Mapping[str, Arrays]:
         """Kind `jepa`: token numbers `context` (B, K) and `targets` (B, T, M)."""
         config = self.config

@@ -114,7 +114,7 @@ class PretrainingBatches:
         chosen = my_part(self.sampler.index(step), part, config.accumulation)
         mask = my_part(mirror_mask(config.batch, seed=config.seed, step=step), part, config.accumulation)
         inputs, targets = self.mixture.samples.batch(chosen)
-        if (weights := self.mixture.weights(chosen)) is not None:
+        if (weights := self.mixture.weights(chosen, self.index)) is not None:
             targets = {**targets, WEIGHT: weights}
         batch: Batch = {"inputs": inputs, "targets": targets}
         fixed: Batch = {}

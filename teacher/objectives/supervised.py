@@ -18,4 +18,5 @@ class Supervised(Objective):
     def losses(self, teacher: nn.Module, batch: Tensors) -> Losses:
         """See `Objective.losses`."""
         outputs = named_outputs(self.task.io, teacher(*input_list(self.task.io, batch["inputs"])))
-        return {"hard": self.task.loss(outputs, batch["targets"])}
+        # This runs inside autocast: sums over the cells of a batch must not be taken of bf16 numbers.
+        return {"hard": self.task.loss({name: x.float() for name, x in outputs.items()}, batch["targets"])}

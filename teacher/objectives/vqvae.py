@@ -149,6 +149,8 @@ class FrameVAE(nn.Module):
         ConfigError: `grid` does not divide `size`.
     """
 
+    never_averaged = True  # a predictor learns the names that this very encoder gives (training/ema.py)
+
     def __init__(
         self, *, planes: int, size: int, grid: int, codes: int, dim: int, hidden: int = 128, decay: float = 0.98
     ) -> None:

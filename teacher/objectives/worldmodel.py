@@ -88,6 +88,7 @@ class WorldModel(Objective):
 
     name = KIND
     kept = True
+    shardable = False  # it puts the weights of its tokeniser back after each step
     Config = WorldModelConfig
     config: WorldModelConfig
     done: Tensor

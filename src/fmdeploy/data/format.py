@@ -136,10 +136,19 @@ def open_unchecked(root: Path | str) -> Dataset:
 
     Raises:
         ArtifactError: it is not a DATASET or was altered.
+        DataError: its index or its splits have another form.
     """
     artifact = open_artifact(root, Kind.DATASET)
-    sequences = tuple(SequenceInfo(**record) for record in artifact.json("index.json"))
-    return Dataset(artifact, sequences, {name: tuple(ids) for name, ids in artifact.json("splits.json").items()})
+    try:
+        sequences = tuple(SequenceInfo(**record) for record in artifact.json("index.json"))
+        splits = {name: tuple(ids) for name, ids in artifact.json("splits.json").items()}
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"the index or the splits have another form: {error}", where=artifact.root) from error
+    for s in sequences:
+        if not (isinstance(s.id, str) and isinstance(s.shard, str) and isinstance(s.metadata, dict)
+                and type(s.frames) is int and s.frames >= 0):
+            raise DataError("the index holds something that is no sequence", where=artifact.root, found=str(s)[:80])
+    return Dataset(artifact, sequences, splits)
 
 
 def check_splits(splits: Mapping[str, Sequence[str]], known: Sequence[str], where: object) -> None:
@@ -210,12 +219,12 @@ def _npz_members(tar: tarfile.TarFile, ids: Collection[str] | None) -> Iterator[
         stream = tar.extractfile(member)
         assert stream is not None
         content = stream.read()
-        _bound_unpacked(content, member.name)
+        bound_unpacked(content, member.name)
         with np.load(io.BytesIO(content), allow_pickle=False) as npz:
             yield Path(member.name).stem, npz
 
 
-def _bound_unpacked(content: bytes, name: str) -> None:
+def bound_unpacked(content: bytes, name: str) -> None:
     """Refuse an npz that unpacks to more than the bound: 256 MiB of zeros pack into a quarter of a megabyte."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from fmdeploy.data.sequence import SequenceInfo
-from fmdeploy.errors import LeakageError
+from fmdeploy.errors import DataError, LeakageError
 
 MIN_GAP = 12
 """Frames between two parts of one recording: a sample looks back 3 frames and ahead 8."""
@@ -72,6 +72,9 @@ def leaks_of_neighbours(sequences: Sequence[SequenceInfo], splits: Splits) -> li
     """Parts of one recording, fewer than `MIN_GAP` frames apart, in two splits.
 
     A part says what it is cut from by `recording` and `first_frame` in its metadata.
+
+    Raises:
+        DataError: a `first_frame` is no number.
     """
     found = []
     for one, other, names in _across(sequences, splits, lambda s: s.metadata.get("recording")):
@@ -99,19 +102,27 @@ def _route_and_day(sequence: SequenceInfo) -> tuple[str, str] | None:
 
 
 def _span(sequence: SequenceInfo) -> tuple[int, int]:
-    first = int(sequence.metadata.get("first_frame", 0))
+    said = sequence.metadata.get("first_frame", 0)
+    try:
+        first = int(said)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"sequence {sequence.id}: first_frame is no whole number", where="metadata",
+                        found=repr(said)[:40]) from error
     return first, first + sequence.frames
 
 
 def _across(
     sequences: Sequence[SequenceInfo], splits: Splits, key: Callable[[SequenceInfo], Any]
 ) -> Iterable[tuple[SequenceInfo, SequenceInfo, tuple[str, str]]]:
-    """Pairs of sequences with one value of `key` (None counts as none) in two different splits."""
+    """Pairs of sequences with one value of `key` (None counts as none) in two different splits.
+
+    Metadata may hold any JSON, so values that cannot be hashed are compared as they are written.
+    """
     split_of = {sequence: name for name, ids in splits.items() for sequence in ids}
     together: dict[Any, list[SequenceInfo]] = defaultdict(list)
     for sequence in sequences:
         if sequence.id in split_of and (value := key(sequence)) is not None:
-            together[value].append(sequence)
+            together[value if isinstance(value, Hashable) else repr(value)].append(sequence)
     for members in together.values():
         for one, other in combinations(members, 2):
             if split_of[one.id] != split_of[other.id]:
@@ -136,3 +147,24 @@ def refuse_leaks(sequences: Sequence[SequenceInfo], splits: Splits, where: objec
         raise LeakageError(f"this split leaks: {found[0].line()}", where=where,
                            expected="no sequence, seed, recording or drive of a day in two splits",
                            found=f"{len(found)} pair{'s' if len(found) > 1 else ''}")
+
+
+def refuse_held_out(seen: Iterable[SequenceInfo], judged: Iterable[SequenceInfo], where: object) -> None:
+    """Refuse to train on simulations that another dataset is judged on.
+
+    Args:
+        seen: What is trained on besides: the train split of an old domain.
+        judged: Held-out sequences of the new one.
+        where: The old one, for the message.
+
+    Raises:
+        LeakageError: names the first pair. Sequences that name no simulation cannot be compared.
+    """
+    known = {str(s.metadata["simulation"]): s for s in seen if "simulation" in s.metadata}
+    shared = [s for s in judged if str(s.metadata.get("simulation")) in known]
+    if shared:
+        simulation = str(shared[0].metadata["simulation"])
+        raise LeakageError(f"holds {len(shared)} of the sequences that --data is judged on", where=where,
+                           expected="other simulations",
+                           found=f"{known[simulation].id} and {shared[0].id}: {simulation}",
+                           fix="Record one of them with another --seed, or split both alike")

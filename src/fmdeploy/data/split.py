@@ -98,7 +98,8 @@ def divide(sequences: Sequence[SequenceInfo], config: SplitRules, where: object)
         wanted = {"train", *held.values()}
     if empty := [name for name in SPLITS if name in wanted and not chosen[name]]:
         raise DataError(f"the split {empty[0]!r} would be empty", where=where,
-                        found=f"{len(set(value_of.values()))} values of {config.by}")
+                        found=f"{len(set(value_of.values()))} values of {config.by}",
+                        fix="Divide by a key with more values, or make its share 0")
     return chosen
 
 

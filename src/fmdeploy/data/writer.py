@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fmdeploy.data.format import check_splits
+from fmdeploy.data.format import MAX_MEMBER_BYTES, check_splits
 from fmdeploy.draft import Draft
 from fmdeploy.errors import DataError
 
 SEQUENCES_PER_SHARD = 64
+HEADERS = 2**20  # room for the names and shapes of a sequence's arrays
 ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -35,13 +36,17 @@ class DatasetWriter:
         """Append one sequence; every array is (T, ...).
 
         Raises:
-            DataError: the id cannot be a file name or repeats, an array is of dtype object, or lengths differ.
+            DataError: the id cannot be a file name or repeats, an array is of dtype object, lengths differ, or all
+                together is more than what is read of a sequence.
         """
         lengths = {name: array.shape[0] for name, array in arrays.items() if array.ndim}
         if not ID_PATTERN.match(sequence) or any(r["id"] == sequence for r in self.index[-1:]):
             raise DataError("is not a usable, unique sequence id", where=repr(sequence), expected=ID_PATTERN.pattern)
         if len(lengths) != len(arrays) or len(set(lengths.values())) != 1:
             raise DataError("arrays must share a leading time axis", where=sequence, found=lengths)
+        if (size := sum(a.nbytes for a in arrays.values())) + HEADERS > MAX_MEMBER_BYTES:
+            raise DataError("is too long a sequence to be read again", where=sequence, found=f"{size} bytes",
+                            expected=f"at most {MAX_MEMBER_BYTES - HEADERS}", fix="Cut it into several")
         if bad := [n for n, a in arrays.items() if a.dtype.hasobject]:
             raise DataError(f"{bad[0]} is an object array", where=sequence)
         shard = f"shards/{len(self.index) // self.per_shard:05d}.tar"

@@ -39,6 +39,8 @@ FAMILIES = {
 }
 IGNORED = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
            "attn_implementation", "_attn_implementation")
+MOST_BLOCKS = 1000
+MOST_PARAMETERS = 4e9  # the largest published encoders of these families have a quarter of that
 
 
 def family_of(values: Mapping[str, Any], *, where: object) -> Family:
@@ -63,6 +65,7 @@ def make_encoder(values: Mapping[str, Any], *, where: object) -> nn.Module:
     transformers = require("transformers")
     family = family_of(values, where=where)
     plain = {key: value for key, value in values.items() if key not in IGNORED}
+    _refuse_giant(plain, where)
     attention = "sdpa" if torch.cuda.is_available() else "eager"  # see models/vit.py
     try:
         config = transformers.AutoConfig.for_model(**plain, attn_implementation=attention)
@@ -74,6 +77,25 @@ def make_encoder(values: Mapping[str, Any], *, where: object) -> nn.Module:
             raise
         raise ConfigError(f"its values do not make a network: {error}", where=where) from error
     return made
+
+
+def _refuse_giant(values: Mapping[str, Any], where: object) -> None:
+    """A few digits in a configuration would take all memory before a single weight is read.
+
+    Raises:
+        ConfigError: the network would be larger than any that is known.
+    """
+    def size(name: str, default: float) -> float:
+        found = values.get(name, default)
+        return float(min(found, 1e18)) if isinstance(found, int | float) else default  # transformers refuses the rest
+
+    blocks, dim, patch = size("num_hidden_layers", 12), size("hidden_size", 768), max(1.0, size("patch_size", 16))
+    inner = max(size("intermediate_size", 0), dim * size("mlp_ratio", 4))
+    tokens = (size("image_size", 224) / patch) ** 2
+    count = blocks * (4 * dim**2 + 2 * dim * inner) + dim * (tokens + patch**2 * size("num_channels", 3))
+    if blocks > MOST_BLOCKS or count > MOST_PARAMETERS:
+        raise ConfigError("describes a network too large to be built", where=where, found=f"{count:.2g} parameters",
+                          expected=f"at most {MOST_PARAMETERS:.0g} in {MOST_BLOCKS} blocks")
 
 
 class ImportedBackbone(TokenBackbone):

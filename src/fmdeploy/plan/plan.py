@@ -32,7 +32,7 @@ class PlanConfig(TeacherSizes, TrainingConfig):
     processes: int = Field(default=1, ge=1, description="processes that share the batch")
     fit: InputPath | None = Field(default=None, description="CSV (params,tokens,loss) of your own runs")
     law: Literal["chinchilla", "kaplan"] = Field(default="chinchilla", description="form of the scaling law")
-    flops: float | None = Field(default=None, gt=0, description="budget for the compute-optimal pair, with --fit")
+    flops: float | None = Field(default=None, gt=6, description="budget for the compute-optimal pair, with --fit")
     draws: int = Field(default=200, ge=0, le=10_000, description="refits of resampled runs, for the intervals")
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="two-sided coverage of the intervals")
 

@@ -37,7 +37,7 @@ def read_runs(path: Path) -> Runs:
     """Read a CSV file with the columns params, tokens and loss; others are ignored.
 
     Raises:
-        DataError: a column or a number is missing or not above 0, or the runs are too few or too alike to fit.
+        DataError: the file cannot be read, a column or a number is missing or not above 0, or the runs are too few or too alike to fit.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -48,6 +48,8 @@ def read_runs(path: Path) -> Runs:
                                 found=",".join(names) or "an empty file")
             reader.fieldnames = names
             rows = [[_number(row[name], name, reader.line_num, path) for name in COLUMNS] for row in reader]
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"is not a CSV file: {error}", where=path) from error
     return _checked(np.array(rows, np.float64).reshape(-1, len(COLUMNS)), path)

@@ -1,4 +1,8 @@
-"""Averaged weights: an exponential moving average of everything a network's state holds."""
+"""Averaged weights: an exponential moving average of everything a network's state holds.
+
+A module with a true attribute `never_averaged` is copied instead: one that another module learned to read as it is,
+such as the tokeniser of a world model.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,9 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        copied = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "never_averaged", False))
+        self._averaged = frozenset(
+            name for name, value in self.values.items() if value.is_floating_point() and not name.startswith(copied))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -27,11 +34,11 @@ class WeightAverage:
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         for name, value in model.state_dict().items():
-            if value.is_floating_point():
+            if name in self._averaged:
                 ours.append(mine(self.values[name]))
                 theirs.append(mine(value))
             else:
-                self.values[name].copy_(value)
+                mine(self.values[name]).copy_(mine(value))
         torch._foreach_lerp_(ours, theirs, 1 - keep)
 
     def copy_to(self, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmdeploy.training.distributed import sum_over_ranks
+from fmdeploy.training.distributed import mean_over_ranks, sum_over_ranks, world
 
 EPSILON = 1e-6
 
@@ -55,9 +55,10 @@ class _BernoulliKL(torch.autograd.Function):
 def class_loss(logits_BC: Tensor, label_B: Tensor, weight_B: Tensor | None = None) -> Tensor:
     """Cross entropy, mean over the batch; a label below 0 is unknown and counts nothing, `weight_B` weighs samples.
 
-    The mean goes over the known labels; weights are expected to average 1, so that processes need not share them.
+    The mean goes over the known labels of all processes; weights are expected to average 1, so that processes need not
+    share them.
     """
-    known = (label_B >= 0).sum().clamp(min=1)
+    known = mean_over_ranks((label_B >= 0).sum().float()).clamp(min=1 / world()[1])
     if weight_B is None:
         return F.cross_entropy(logits_BC, label_B.long(), ignore_index=-1, reduction="sum") / known
     loss_B = F.cross_entropy(logits_BC, label_B.long(), ignore_index=-1, reduction="none")

@@ -18,6 +18,7 @@ from fmdeploy.distill.objective import weigh
 from fmdeploy.distill.statistics import Statistics, measure
 from fmdeploy.errors import ConfigError
 from fmdeploy.task import load_task
+from fmdeploy.tasks.image_classification import ImageClassification
 
 TASK = load_task("bev-occupancy")
 
@@ -234,3 +235,17 @@ def test_options_of_a_loss_are_checked() -> None:
         make_loss("kd", {"temperature": -1})
     with pytest.raises(ConfigError, match="unknown key 'heat'"):
         make_loss("kd", {"heat": 1})
+
+
+def test_losses_that_do_not_suit_the_task_are_refused() -> None:
+    class Pictures(ImageClassification):
+        """Its only output is a vector."""
+
+    with pytest.raises(ConfigError, match=r"loss occupancy: compares yes-or-no outputs.*logits \[10\]"):
+        _output_loss("occupancy").check(Pictures())
+    with pytest.raises(ConfigError, match=r"loss kd.weights: the task has no such output.*bve"):
+        _output_loss("kd", weights={"bve": 2.0}).check(TASK)
+    with pytest.raises(ConfigError, match="no output has weight"):
+        _output_loss("kd", weights={"bev": 0.0, "scene": 0.0}).check(TASK)
+    for name in OUTPUT_LOSSES:
+        _output_loss(name).check(TASK)

@@ -14,11 +14,13 @@ import torch
 from fmdeploy.distill.losses.base import MapLoss, OutputLoss
 from fmdeploy.distill.losses.registry import make_loss
 from fmdeploy.task import load_task
+from fmdeploy.training.losses import class_loss
 
 SCRIPT = """
 import json, sys, torch, torch.distributed as dist
 from fmdeploy.distill.losses.registry import make_loss
 from fmdeploy.task import load_task
+from fmdeploy.training.losses import class_loss
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, found = dist.get_rank(), {}
@@ -30,6 +32,12 @@ for name in ("distance", "angle", "occupancy"):
     value = loss(load_task("bev-occupancy"), {"bev": leaf}, {"bev": wanted}) if name == "occupancy" else loss(leaf, teacher)
     value.backward()
     found[name] = [value.item(), (leaf.grad / 2).tolist()]  # DistributedDataParallel averages over the two
+label = torch.tensor([[0, -1], [2, 1]])[rank]  # one process knows less than the other
+leaf = torch.arange(12.0).view(4, 3).sin()[2 * rank:2 * rank + 2].clone().requires_grad_()
+value = class_loss(leaf, label)
+value.backward()
+dist.all_reduce(total := value.detach() / 2)  # each holds its part of the mean
+found["class"] = [total.item(), (leaf.grad / 2).tolist()]
 json.dump(found, open(f"{sys.argv[1]}/{rank}.json", "w"))
 dist.destroy_process_group()
 """
@@ -58,3 +66,7 @@ def test_two_processes_see_one_batch(tmp_path: Path) -> None:
             assert half[name][0] == pytest.approx(value.item(), rel=1e-5), name
         found = torch.cat([torch.tensor(half[name][1]) for half in halves])
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-7)
+    leaf = torch.arange(12.0).view(4, 3).sin().requires_grad_()
+    (gradient,) = torch.autograd.grad(value := class_loss(leaf, torch.tensor([0, -1, 2, 1])), leaf)
+    assert [half["class"][0] for half in halves] == pytest.approx([value.item()] * 2)
+    torch.testing.assert_close(torch.cat([torch.tensor(half["class"][1]) for half in halves]), gradient)

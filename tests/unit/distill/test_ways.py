@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from fmdeploy.data.format import open_dataset
 from fmdeploy.distill.assemble import Assembly, assemble
 from fmdeploy.distill.config import DistillConfig
 from fmdeploy.distill.distill import distill
+from fmdeploy.distill.overlap import check_training_data
 from fmdeploy.distill.sources import sources_of
 from fmdeploy.draft import produce
 from fmdeploy.errors import ConfigError, FmdeployError, LeakageError
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.export.export import export
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import Kind, Parent
 from fmdeploy.models.saved import load_model, save_model
 from fmdeploy.quantize.quantize import quantize
 from fmdeploy.task import load_task
@@ -250,6 +252,16 @@ def test_a_teacher_that_saw_the_test_scenes_is_refused(home: Path, tmp_path: Pat
         assert copied.data == Evaluation.load(student, "evaluation").data
 
 
+def test_what_a_dataset_was_split_from_was_not_trained_on(home: Path) -> None:
+    data = open_dataset(home / "data")
+    before = Parent(kind=Kind.DATASET, stage="data record", digest="0" * 64)
+    split = Parent(kind=Kind.DATASET, stage="data split", digest=data.digest, inputs={"data": before})
+    base = Parent(kind=Kind.TEACHER, stage="teacher train", digest="1" * 64, inputs={"data": before})
+    own, tuned = SimpleNamespace(inputs={"data": split}), SimpleNamespace(inputs={"data": split, "init": base})
+    assert check_training_data([own], data, []) == {}  # type: ignore[list-item]
+    assert check_training_data([tuned], data, []) == {before.digest: "not checked"}  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"set": ["kd.temperature=2"]}, "not in use"), ({"set": ["logit.x=2"]}, "nothing known"),
     ({"set": ["features"]}, "is not a setting"), ({"layers": ["tokens"]}, "no pair of layers"),
@@ -257,6 +269,7 @@ def test_a_teacher_that_saw_the_test_scenes_is_refused(home: Path, tmp_path: Pat
     ({"layers": ["tokens:nothing"]}, "no such layer"), ({"augment": ["spin"]}, "no such augmentation"),
     ({"loss": ["labels"], "labels": 0.0}, "no part of the loss has weight"),
     ({"teacher": ["nowhere=x"]}, "no usable weight"),
+    ({"loss": ["kd"], "set": ['kd.weights={"bve": 1}']}, "no such output"),
 ])
 def test_bad_options_are_refused_in_one_line(home: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

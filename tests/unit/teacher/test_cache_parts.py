@@ -330,18 +330,18 @@ def test_samples_that_are_not_there_are_refused(home: Path) -> None:
 def test_kill_9_costs_one_shard_at_most_and_leaves_none_torn(home: Path, tmp_path: Path) -> None:
     out, partial = tmp_path / "f", tmp_path / ".f.partial"
     argv = [*FMDEPLOY, "cache", "--teacher", str(home / "one"), "--data", str(home / "data"), "--out", str(out),
-            "--per-shard", "2", "--precision", "fp32", "--batch", "2"]
+            "--per-shard", "1", "--precision", "fp32", "--batch", "1"]  # 36 shards: time to kill it
     with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as process:
         while len(list(partial.glob("features/*/[0-9]*"))) < 2:
             assert process.poll() is None
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in partial.glob("features/*/[0-9]*")}
-    assert 2 <= len(kept) < SAMPLES // 2
+    assert 2 <= len(kept) < SAMPLES
     assert all(map_noted(path)[1]["shard"] == int(path.stem) for path in kept)
     torn = next(path for path in kept if path.stem == "00001")
     torn.write_bytes(torn.read_bytes()[:-100])  # as after a power cut: it is made again, and only it
-    again = COMMON | {"per_shard": 2, "batch": 2}
+    again = COMMON | {"per_shard": 1, "batch": 1}
     features = cache(teacher=home / "one", data=home / "data", out=out, **again)
     made_again = [path for path, time_ns in kept.items()
                   if features.path(str(path.relative_to(partial))).stat().st_mtime_ns != time_ns]

@@ -197,7 +197,9 @@ def test_prefixes_are_found_by_what_fits() -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"model_type": "bert"}, "is no backbone that can be imported"), ({"hidden_size": 15}, "does not fit the network|do not make a network"),
     ({"hidden_size": 32}, "does not fit the network"), ({"image_size": [16, 16]}, "square|do not make a network|cannot be loaded"),
-    ({"auto_map": {"AutoModel": "evil--code.Model"}}, ""),
+    ({"hidden_size": 2**20}, "too large to be built"), ({"num_hidden_layers": 10**9}, "too large to be built"),
+    ({"image_size": 10**9}, "too large to be built"), ({"mlp_ratio": 10**9}, "too large to be built"),
+    ({"num_channels": 10**400}, "too large to be built"), ({"auto_map": {"AutoModel": "evil--code.Model"}}, ""),
 ])
 def test_folders_that_cannot_be_imported_say_why(home: Path, change: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "f", "dinov2")

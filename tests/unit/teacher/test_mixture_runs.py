@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.training_data import TEACHER, write_scenes
 
-from fmdeploy.errors import ConfigError
+from fmdeploy.errors import ConfigError, LeakageError
 from fmdeploy.teacher.train import train
 from fmdeploy.training import loop
+from support.training_data import TEACHER, write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,18 @@ def test_representation_is_learnt_at_natural_frequency(home: Path, tmp_path: Pat
     assert not (tmp_path / "t").exists()
     (tmp_path / "m.toml").write_text('representation = "mixture"\n[weights.scenario]\nmerge = 3.0\n')
     assert run(home, tmp_path / "t", mixture=tmp_path / "m.toml", objective=["mae"], steps=2).has("model.safetensors")
+
+
+def test_importance_weights_without_labels_are_refused(home: Path, tmp_path: Path) -> None:
+    text = (home / "merge.toml").read_text()
+    (tmp_path / "m.toml").write_text(f'representation = "mixture"\n{text}')
+    with pytest.raises(ConfigError, match="importance weights belong to the loss against labels"):
+        run(home, tmp_path / "t", mixture=tmp_path / "m.toml", objective=("mae",))
+
+
+def test_an_old_domain_that_holds_what_is_judged_is_refused(home: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "longer", sequences=32)  # the same simulations and more: the split falls later
+    with pytest.raises(LeakageError, match=r"longer: holds \d+ of the sequences that --data is judged on.*s012") as caught:
+        run(home, tmp_path / "t", replay=[tmp_path / "longer"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "t").exists()

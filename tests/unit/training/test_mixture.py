@@ -16,9 +16,11 @@ from fmdeploy.task import Array, Arrays
 from fmdeploy.tasks.bev_occupancy import BevOccupancy
 from fmdeploy.training.losses import class_loss, soft_dice, weighted_bce
 from fmdeploy.training.mixture.joined import Joined, replay_buffer
+from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.mixture.rates import bounded, rates_of, temperature_factors
 from fmdeploy.training.mixture.recipe import MixtureRecipe, read_recipe
 from fmdeploy.training.mixture.sampler import MixtureSampler, systematic_counts
+from fmdeploy.training.sampler import make_sampler
 
 rates = st.lists(st.floats(0.05, 4.0), min_size=3, max_size=200).map(lambda values: np.array(values) / np.mean(values))
 
@@ -143,6 +145,16 @@ def test_joined_samples_are_those_of_their_parts() -> None:
     assert not set(joined.groups[:30]) & set(joined.groups[30:])
 
 
+def test_a_buffer_from_data_that_do_not_fit_in_memory_is_drawn_in_windows() -> None:
+    large = Toy(100)
+    large.blocks = Blocks(np.arange(100) // 10, np.full(10, 100), 300)  # type: ignore[attr-defined]
+    buffer = Subset(large, np.arange(0, 100, 2))
+    order = make_sampler(buffer, 5, seed=0)
+    blocks = [len(np.unique(buffer.index[order.index(step)] // 10)) for step in range(10)]
+    assert max(blocks) <= 2
+    assert Subset(Toy(10), np.arange(3)).blocks is None
+
+
 def test_a_buffer_remembers_rare_cases() -> None:
     samples = Toy(2000, rare=0.02)
     kept = replay_buffer(samples, 200, seed=0)
@@ -168,6 +180,15 @@ def test_importance_weights_undo_the_oversampling(seed: int) -> None:
     sampler = MixtureSampler(rate_N, 300, seed=seed)
     drawn = np.concatenate([sampler.index(step) for step in range(60)])
     assert (loss_N[drawn] / rate_N[drawn]).mean() == pytest.approx(loss_N.mean(), rel=0.03)
+
+
+def test_weights_average_one_over_the_draws_from_a_part_of_the_samples() -> None:
+    rate_N, part = np.array([0.5, 0.5, 1.0, 2.0]), np.array([2, 3])
+    mixture = Mixture(Toy(4), rate_N, importance=True)
+    drawn = np.concatenate([mixture.sampler(6, 0, part).index(step) for step in range(20)])
+    weights = mixture.weights(drawn, part)
+    assert weights is not None
+    assert weights.mean() == pytest.approx(1.0, abs=0.05)
 
 
 def test_weighted_losses_are_those_of_repeated_samples() -> None:

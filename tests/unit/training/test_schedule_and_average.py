@@ -89,3 +89,18 @@ def test_the_backbone_may_have_a_rate_of_its_own() -> None:
 def test_a_rate_for_a_backbone_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="no trained module is called 'backbone'"):
         make_optimizer(nn.Linear(2, 2), TrainingConfig(backbone_lr=0.5))
+
+
+def test_what_is_never_averaged_is_copied() -> None:
+    """The tokeniser of a world model: an average of its states would give other codes than the predictor learned."""
+    plain, held = nn.Linear(1, 1), nn.Linear(1, 1)
+    vars(held)["never_averaged"] = True
+    model = nn.ModuleDict({"plain": plain, "held": held})
+    average = WeightAverage(model, decay=0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(100.0)
+    average.update(model, step=1000)
+    average.copy_to(model)
+    assert held.weight.item() == 100.0
+    assert plain.weight.item() < 20

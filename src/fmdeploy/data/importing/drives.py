@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +14,8 @@ from fmdeploy.arrays import Arrays
 from fmdeploy.errors import DataError
 
 UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+SEPARATORS = re.compile(r"[/. ]+")
+LONGEST = 90  # a name in a tar of the USTAR format has at most 100 characters
 CHUNK = 2**20
 
 
@@ -32,15 +36,44 @@ class Drive(NamedTuple):
 
 
 def safe_id(name: str) -> str:
-    """`name` as a sequence id: everything but letters, digits, _ and - becomes one dash.
+    """`name` as a sequence id: at most 90 letters, digits, _ and -.
 
-    Raises:
-        DataError: nothing is left.
+    Slashes, dots and blanks become dashes. Where more is lost, as in the names of another script, eight digits of a
+    hash of the name follow, so that different names stay different.
     """
     found = UNSAFE.sub("-", name).strip("-_")
-    if not found:
-        raise DataError("is no usable name of a sequence", where=repr(name)[:60])
-    return found[:200]
+    if found and found == SEPARATORS.sub("-", name).strip("-_")[:LONGEST]:
+        return found
+    return f"{found[: LONGEST - 9]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}".lstrip("-")
+
+
+def read_json(content: bytes, where: object) -> Any:
+    """JSON as others write it: duplicate keys and byte order marks pass, NaN and infinity do not.
+
+    Raises:
+        DataError: it is none, or nests too deep.
+    """
+    try:
+        return json.loads(content, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON: {error}", where=where) from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number that JSON has")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception of another package says, on one line, without addresses in memory."""
+    said = next((part for part in error.args if isinstance(part, str)), "") or str(error)
+    return re.sub(r"<[^<>]* (at 0x[0-9a-f]+|name='[^']*')>", "it", " ".join(said.split()))[:160] or type(error).__name__
 
 
 def content_digest(root: Path, files: Iterable[Path]) -> str:

@@ -7,7 +7,7 @@ The table's columns: `file` (relative to the folder), `label` (a class name or a
 from __future__ import annotations
 
 import csv
-import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from fmdeploy.data.format import SPLITS
-from fmdeploy.data.importing.drives import Drive, require_inside, safe_id
+from fmdeploy.data.importing.drives import Drive, read_json, require_inside, safe_id
 from fmdeploy.data.importing.pictures import SUFFIXES, decode_image
 from fmdeploy.errors import DataError
 
 Row = dict[str, Any]
 OWN = ("file", "label", "sequence", "split")
+MAX_CLASSES = 100_000
+NUMBER = re.compile(r"0|[1-9][0-9]*")
 
 
 def read_table(root: Path, table: Path | None) -> list[Row]:
@@ -38,6 +40,8 @@ def read_table(root: Path, table: Path | None) -> list[Row]:
     for number, row in enumerate(rows, 2):
         if not row.get("file") or row.get("label") in (None, ""):
             raise DataError(f"row {number} has no file or no label", where=where, expected="columns file, label")
+        if not isinstance(row["file"], str) or not isinstance(row["label"], (str, int, float)):
+            raise DataError(f"row {number}: the file is no text, or the label neither text nor a number", where=where)
         if row["file"] in seen:
             raise DataError(f"names {row['file']} twice", where=where)
         seen.add(str(row["file"]))
@@ -48,15 +52,17 @@ def _csv(table: Path) -> list[Row]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             return [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(stream)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=table) from error
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot be read as CSV: {error}", where=table) from error
 
 
 def _json(table: Path) -> list[Row]:
     try:
-        content = json.loads(table.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read as JSON: {error}", where=table) from error
+        content = read_json(table.read_bytes(), table)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=table) from error
     if isinstance(content, dict):
         return [{"file": file, "label": label} for file, label in content.items()]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
@@ -70,11 +76,19 @@ def _folders(root: Path) -> list[Row]:
 
 
 def class_names(rows: Sequence[Row]) -> list[str]:
-    """All labels in order: whole numbers as they are (0 .. largest), names alphabetically."""
+    """All labels in order: whole numbers as they are (0 .. largest), names alphabetically.
+
+    Raises:
+        DataError: the largest number is no number of a class.
+    """
     labels = {str(row["label"]) for row in rows}
-    if all(label.isdecimal() for label in labels):
-        return [str(number) for number in range(max(map(int, labels)) + 1)]
-    return sorted(labels)
+    if not all(NUMBER.fullmatch(label) for label in labels):
+        return sorted(labels)
+    largest = max(labels, key=lambda label: (len(label), label))
+    if len(largest) > len(str(MAX_CLASSES)) or int(largest) >= MAX_CLASSES:
+        raise DataError("numbers as labels are those of classes, from 0", where="label", found=largest[:40],
+                        expected=f"less than {MAX_CLASSES}", fix="Name the classes, or number them anew")
+    return [str(number) for number in range(int(largest) + 1)]
 
 
 def image_drives(

@@ -24,13 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmdeploy.arrays import Array
-from fmdeploy.data.importing.drives import Drive, safe_id
+from fmdeploy.data.importing.drives import Drive, reason_of, safe_id
 from fmdeploy.data.importing.pictures import decode_image
 from fmdeploy.errors import ConfigError, DataError, FmdeployError
 from fmdeploy.optional import require
 
 DECODERS = {"ros1": "mcap_ros1.decoder", "cdr": "mcap_ros2.decoder", "protobuf": "mcap_protobuf.decoder"}
 NS = 1_000_000_000
+TIME = "time_ns"
+MAX_FRAMES = 20_000_000  # of one log: 46 days at 5 a second
 
 
 class Topic(NamedTuple):
@@ -55,6 +57,19 @@ class Topic(NamedTuple):
         return cls(name, topic, field)
 
 
+def parse_topics(texts: Sequence[str]) -> tuple[Topic, ...]:
+    """All topics of the command line.
+
+    Raises:
+        ConfigError: one is not of the form, or two would be one array.
+    """
+    found = tuple(map(Topic.parse, texts))
+    names = [TIME, *(topic.name for topic in found)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError("names an array twice", where="topic", found=twice[0], expected=f"names other than {TIME}")
+    return found
+
+
 @dataclass(frozen=True)
 class Rules:
     """How messages become frames.
@@ -74,8 +89,13 @@ class Rules:
     channels: int
 
 
-def mcap_drives(path: Path, rules: Rules) -> Iterator[Drive]:
-    """Drives of one log, each `<log>-<number>`, with an array a topic and `time_ns` int64 (T,).
+def mcap_drives(path: Path, rules: Rules, name: str) -> Iterator[Drive]:
+    """Drives of one log, each `<name>-<number>`, with an array a topic and `time_ns` int64 (T,).
+
+    Args:
+        path: The log.
+        rules: How messages become frames.
+        name: Of the recording; logs of different folders may share a file name.
 
     Raises:
         DataError: the log is damaged, lacks a topic or a field, or a field is no number, list or image.
@@ -86,11 +106,11 @@ def mcap_drives(path: Path, rules: Rules) -> Iterator[Drive]:
     if missing:
         raise DataError(f"has no messages of the topic {missing[0]}", where=path)
     metadata = _metadata(path)
-    for number, times in enumerate(_stretches(series, rules)):
+    for number, times in enumerate(_stretches(series, rules, path)):
         arrays = {name: each.at(times) for name, each in series.items()}
         date = datetime.datetime.fromtimestamp(times[0] / NS, datetime.timezone.utc).date().isoformat()
-        yield Drive(safe_id(f"{path.stem}-{number:03d}"), {**arrays, "time_ns": times},
-                    {"recording": path.stem, "date": date, "frames_per_second": rules.rate_hz, **metadata})
+        yield Drive(safe_id(f"{name}-{number:03d}"), {**arrays, TIME: times},
+                    {"recording": name, "date": date, "frames_per_second": rules.rate_hz, **metadata})
 
 
 @dataclass
@@ -133,8 +153,7 @@ def _read(path: Path, rules: Rules) -> dict[str, Series]:
     except FmdeployError:
         raise
     except Exception as error:  # of mcap, struct, lz4 and zstandard alike: damage shows wherever it is met first
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataError(f"cannot be read as an MCAP log: {reason}", where=path) from error
+        raise DataError(f"cannot be read as an MCAP log: {reason_of(error)}", where=path) from error
     return series
 
 
@@ -190,11 +209,14 @@ def _fields(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
 
 
-def _stretches(series: Mapping[str, Series], rules: Rules) -> Iterator[Array]:
+def _stretches(series: Mapping[str, Series], rules: Rules, path: Path) -> Iterator[Array]:
     """Times (T,) in ns of frames without a gap, one array a drive."""
     start = max(each.times[0] for each in series.values())
     end = max(each.times[-1] for each in series.values())
     step = NS / rules.rate_hz
+    if (end - start) / step > MAX_FRAMES:
+        raise DataError("spans too long a time", where=path, expected=f"at most {MAX_FRAMES} frames",
+                        found=f"{(end - start) / NS:.0f} s", fix="Look for a wrong clock, or lower --rate-hz")
     # The sum in whole numbers: nanoseconds since 1970 do not fit the 53 bits of a float64.
     time_T = start + np.round(np.arange(int((end - start) / step) + 1) * step).astype(np.int64)
     fresh_T = np.ones(len(time_T), bool)

@@ -5,18 +5,58 @@ Format: Caesar et al., arXiv:1903.11027, and docs/schema_nuscenes.md of nuscenes
 
 from __future__ import annotations
 
-import json
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fmdeploy.data.importing.drives import read_json
 from fmdeploy.errors import DataError
 
 TABLES = ("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample",
           "sample_annotation", "sample_data", "scene", "sensor", "visibility")
 Record = dict[str, Any]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _numbers(count: int) -> Callable[[Any], bool]:
+    return lambda value: (isinstance(value, list) and len(value) == count
+                          and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value))
+
+
+FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "calibrated_sensor": {"sensor_token": _text, "translation": _numbers(3), "rotation": _numbers(4)},
+    "category": {"name": _text},
+    "ego_pose": {"translation": _numbers(3), "rotation": _numbers(4)},
+    "instance": {"category_token": _text},
+    "log": dict.fromkeys(("logfile", "vehicle", "date_captured", "location"), _text),
+    "map": {"log_tokens": _names},
+    "sample": {"timestamp": _whole, "next": _text},
+    "sample_annotation": {"sample_token": _text, "instance_token": _text, "translation": _numbers(3),
+                          "size": _numbers(3), "rotation": _numbers(4)},
+    "sample_data": {"sample_token": _text, "ego_pose_token": _text, "calibrated_sensor_token": _text,
+                    "is_key_frame": _flag, "filename": _text},
+    "scene": {"name": _text, "log_token": _text, "first_sample_token": _text, "nbr_samples": _whole},
+    "sensor": {"channel": _text, "modality": _text},
+}
+"""Table → what the import reads of each record, and what it must be."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +96,7 @@ class Tables:
         """The samples of a scene in time.
 
         Raises:
-            DataError: they do not form one chain of `nbr_samples`, or time runs backwards.
+            DataError: there are none, they do not form one chain of `nbr_samples`, or time runs backwards.
         """
         token, count, before = scene["first_sample_token"], 0, -1
         while token:
@@ -67,7 +107,7 @@ class Tables:
                                 where=self.root / self.version, expected=f"{scene['nbr_samples']} samples")
             yield sample
             token, before = sample["next"], int(sample["timestamp"])
-        if count != int(scene["nbr_samples"]):
+        if not count or count != int(scene["nbr_samples"]):
             raise DataError(f"{scene['name']} has another number of samples", where=self.root / self.version,
                             expected=scene["nbr_samples"], found=count)
 
@@ -86,7 +126,7 @@ def read_tables(root: Path, version: str | None = None) -> Tables:
     """Read all tables of `version`, or of the only one there is.
 
     Raises:
-        DataError: there is none or more than one, a table is missing or no list of records with tokens.
+        DataError: there is none or more than one, a table is missing, or its records lack what is read of them.
     """
     chosen = version or _only_version(root)
     records = {name: _table(root / chosen / f"{name}.json") for name in TABLES}
@@ -105,17 +145,19 @@ def _only_version(root: Path) -> str:
     if len(found) != 1:
         raise DataError("holds no nuScenes tables" if not found else "holds more than one version", where=root,
                         expected="one folder v1.0-*", found=", ".join(found) or "none",
-                        fix="Name it with --version" if found else "")
+                        fix="Name it with --nuscenes-version" if found else "")
     return found[0]
 
 
 def _table(path: Path) -> dict[str, Record]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError("a table is missing", where=path, expected=", ".join(TABLES)) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"is not JSON: {error}", where=path) from error
+    if not path.is_file():
+        raise DataError("a table is missing", where=path, expected=", ".join(TABLES))
+    content = read_json(path.read_bytes(), path)
     if not isinstance(content, list) or not all(isinstance(row, dict) and "token" in row for row in content):
         raise DataError("is no table of records with tokens", where=path)
+    for row in content:
+        for name, fits in FIELDS.get(path.stem, {}).items():
+            if name not in row or not fits(row[name]):
+                raise DataError(f"the record {str(row['token'])[:40]} has no usable {name!r}", where=path,
+                                found=repr(row[name])[:40] if name in row else "nothing")
     return {str(row["token"]): row for row in content}

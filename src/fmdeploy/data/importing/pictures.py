@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 
 from fmdeploy.arrays import Array
+from fmdeploy.data.importing.drives import reason_of
 from fmdeploy.errors import DataError
 from fmdeploy.optional import require
 
@@ -45,8 +46,7 @@ def decode_image(content: bytes, size: tuple[int, int] | None, channels: int, *,
     except DataError:
         raise
     except Exception as error:  # Pillow raises what its many decoders raise: OSError, SyntaxError, struct.error, ...
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataError(f"cannot be read as an image: {reason}", where=where) from error
+        raise DataError(f"cannot be read as an image: {reason_of(error)}", where=where) from error
 
 
 def _planes(image: object, size: tuple[int, int] | None, channels: int) -> Array:

@@ -14,7 +14,7 @@ from fmdeploy.config import InputPath, OutputPath, Positional
 from fmdeploy.data.format import SPLITS
 from fmdeploy.data.importing.drives import Drive, content_digest
 from fmdeploy.data.importing.images import class_names, image_drives, read_table
-from fmdeploy.data.importing.mcap import Rules, Topic, mcap_drives
+from fmdeploy.data.importing.mcap import Rules, mcap_drives, parse_topics
 from fmdeploy.data.importing.nuscenes import nuscenes_drives
 from fmdeploy.data.importing.nuscenes_tables import TABLES, read_tables
 from fmdeploy.data.importing.webdataset import shards_of, webdataset_drives
@@ -80,6 +80,7 @@ def import_data(config: ImportConfig) -> Artifact:
         LeakageError: its own splits leak.
         MissingDependencyError: the format needs a package that is not installed.
     """
+    parse_topics(config.topic)  # before every byte is read
     config = config.model_copy(update={"content": _digest(config)})
     return produce(config.out, Kind.DATASET, stage="data import", config=config, inputs={},
                    build=lambda draft: _build(draft, config))
@@ -125,20 +126,24 @@ def _drives(config: ImportConfig) -> Iterable[Drive]:
         return nuscenes_drives(tables, reference=config.reference, points=config.points)
     if config.format == "webdataset":
         return webdataset_drives(shards_of(config.source), size=config.size, channels=config.channels)
-    rules = Rules(tuple(Topic.parse(text) for text in config.topic), config.rate_hz, config.max_age_s, config.size,
+    rules = Rules(parse_topics(config.topic), config.rate_hz, config.max_age_s, config.size,
                   config.channels)
-    return _of_logs(_logs(config.source), rules)
+    return _of_logs(config.source, rules)
 
 
-def _of_logs(logs: Iterable[Path], rules: Rules) -> Iterator[Drive]:
-    for path in logs:
-        yield from mcap_drives(path, rules)
+def _of_logs(source: Path, rules: Rules) -> Iterator[Drive]:
+    for path in _logs(source):
+        name = path.stem if path == source else path.relative_to(source).with_suffix("").as_posix()
+        yield from mcap_drives(path, rules, name)
 
 
 def _build(draft: Draft, config: ImportConfig) -> None:
     said: dict[str, str | None] = {}
     with DatasetWriter(draft) as writer, progress("import") as bar:
         for drive in _drives(config):
+            if drive.id in said:
+                raise DataError(f"two recordings of it would be called {drive.id}", where=config.source,
+                                fix="Rename one; the samples of one sequence must follow each other")
             writer.add(drive.id, drive.arrays, {"simulation": drive.id, **drive.metadata})
             said[drive.id] = drive.split
             bar.advance()

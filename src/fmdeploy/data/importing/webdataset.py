@@ -4,7 +4,7 @@
     .jpg .png ...             image, float32 (C, H, W)
     .npy                      an array called like the extension before it: `7.lidar.npy` is `lidar`
     .npz                      its arrays by name
-    .json                     metadata of the sample's sequence, and `sequence` and `split` themselves
+    .json                     `sequence`, `split`, and metadata: what all samples of a sequence say alike
 
 Nothing is unpickled.
 """
@@ -12,7 +12,8 @@ Nothing is unpickled.
 from __future__ import annotations
 
 import io
-import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from fmdeploy.arrays import Array, Arrays
-from fmdeploy.data.format import MAX_MEMBER_BYTES, SPLITS
-from fmdeploy.data.importing.drives import Drive, safe_id
+from fmdeploy.data.format import SPLITS, bound_unpacked
+from fmdeploy.data.importing.drives import Drive, read_json, reason_of, safe_id
 from fmdeploy.data.importing.pictures import SUFFIXES, decode_image
 from fmdeploy.errors import DataError
 from fmdeploy.optional import require
@@ -55,11 +56,15 @@ def webdataset_drives(
             where = f"{shard}: {sample['__key__']}"
             arrays, about = _decoded(sample, size, channels, where)
             sequence = str(about.pop("sequence", sample["__key__"]))
+            own_split = _split(about.pop("split", None), where)
             if frames and sequence != name:
                 yield _drive(name, frames, metadata, split)
                 frames = []
             if not frames:
-                name, metadata, split = sequence, about, _split(about.pop("split", None), where)
+                name, metadata, split = sequence, about, own_split
+            if own_split != split:
+                raise DataError(f"frames of {name} stand in two splits", where=where, found=f"{split} and {own_split}")
+            metadata = {key: value for key, value in metadata.items() if key in about and about[key] == value}
             frames.append(arrays)
     if frames:
         yield _drive(name, frames, metadata, split)
@@ -73,8 +78,7 @@ def _samples(shard: Path) -> Iterator[Sample]:
     except DataError:
         raise
     except Exception as error:  # webdataset wraps whatever tarfile raises in errors of its own
-        raise DataError(f"cannot be read as a WebDataset shard: {' '.join(str(error).split())[:160]}",
-                        where=shard) from error
+        raise DataError(f"cannot be read as a WebDataset shard: {reason_of(error)}", where=shard) from error
 
 
 def _decoded(sample: Sample, size: tuple[int, int] | None, channels: int, where: str) -> tuple[Arrays, Sample]:
@@ -101,26 +105,24 @@ def _decoded(sample: Sample, size: tuple[int, int] | None, channels: int, where:
 def _number(content: bytes, where: str) -> Array:
     try:
         return np.array(int(content.decode().strip()), np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DataError("is no whole number", where=where, found=repr(content[:20])) from error
 
 
 def _arrays(content: bytes, name: str, kind: str, where: str) -> Arrays:
-    if len(content) > MAX_MEMBER_BYTES:
-        raise DataError("is too large", where=where, expected=f"at most {MAX_MEMBER_BYTES} bytes", found=len(content))
     try:
-        found = np.load(io.BytesIO(content), allow_pickle=False)
-        arrays = {name: found} if kind == "npy" else {key: found[key] for key in found.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+        if kind == "npy":
+            return {name: np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)}
+        bound_unpacked(content, "it")
+        with np.load(io.BytesIO(content), allow_pickle=False) as found:
+            return {key: found[key] for key in found.files}
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error,
+            NotImplementedError) as error:
         raise DataError(f"cannot be read as an array: {error}", where=where) from error
-    return arrays
 
 
 def _object(content: bytes, where: str) -> Sample:
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"is not JSON: {error}", where=where) from error
+    found = read_json(content, where)
     return found if isinstance(found, dict) else {"content": found}
 
 

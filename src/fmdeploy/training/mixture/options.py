@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fmdeploy.arrays import Array
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import InputPath, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.leakage import refuse_held_out
 from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import ConfigError
 from fmdeploy.subset import Subset
@@ -57,9 +59,17 @@ class MixtureConfig(StageConfig):
         return read_recipe(self.mixture) if self.mixture else MixtureRecipe()
 
 
-def open_replay(config: MixtureConfig) -> tuple[Dataset, ...]:
-    """The old domains' datasets."""
-    return tuple(open_dataset(path) for path in config.replay)
+def open_replay(paths: Sequence[Path], data: Dataset) -> tuple[Dataset, ...]:
+    """The old domains' datasets, none of which trains on what `data` holds out.
+
+    Raises:
+        LeakageError: one does.
+    """
+    judged = [s for split in ("val", "test") if data.splits.get(split) for s in data.split(split)]
+    replay = tuple(open_dataset(path) for path in paths)
+    for old in replay:
+        refuse_held_out(old.split("train"), judged, old.artifact.root)
+    return replay
 
 
 def replay_inputs(replay: Sequence[Dataset]) -> dict[str, Artifact]:
@@ -96,11 +106,17 @@ class Mixture:
         new = self.samples.parts[0] if isinstance(self.samples, Joined) else self.samples
         return np.concatenate([labelled_index(new, share, seed), np.arange(len(new), len(self.samples))])
 
-    def weights(self, index: Index) -> Array | None:
-        """float32 (B,) of the loss: 1 / rate where it is to stay that of the natural distribution, else None."""
+    def weights(self, index: Index, among: Index | None = None) -> Array | None:
+        """float32 (B,) of the loss: 1 / rate where it is to stay that of the natural distribution, else None.
+
+        Args:
+            index: Samples of a batch.
+            among: All that were drawn from, over whose draws the weights average 1; None: all samples.
+        """
         if self.rate_N is None or not self.importance:
             return None
-        return np.asarray(1 / self.rate_N[index], np.float32)
+        mean = 1.0 if among is None else float(self.rate_N[among].mean())
+        return np.asarray(mean / self.rate_N[index], np.float32)
 
 
 def mix(
@@ -124,6 +140,9 @@ def mix(
     if not labels and not recipe.is_natural and recipe.representation == "natural":
         raise ConfigError("objectives without labels learn at natural frequency", where="mixture",
                           fix='Leave the mixture out, or set representation = "mixture" in it')
+    if recipe.importance and not labels:
+        raise ConfigError("importance weights belong to the loss against labels, and none is read", where="mixture",
+                          fix="Set importance = false in it")
     if recipe.importance and not task.weighs_samples:
         raise ConfigError("the task's loss takes no sample weights", where=f"task {task.name}",
                           fix="Set weighs_samples = True in a task whose loss honours targets['sample_weight']")

@@ -1,12 +1,7 @@
-"""Contrast between sensors: the loss by hand, who may be a negative, the queue, and a run that is killed."""
+"""Contrast between sensors: the loss by hand, who may be a negative, and the queue."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmdeploy.artifact import open_artifact
 from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ConfigError
 from fmdeploy.models.tokens import backbone_of
 from fmdeploy.task import Samples, Task, load_task
 from fmdeploy.teacher.objectives.contrastive import Contrastive, ContrastiveConfig, sensors_of
 from fmdeploy.teacher.objectives.contrastive_queue import EMPTY, KeyQueue, info_nce, strangers
-from fmdeploy.teacher.train import train
-from support.processes import FMDEPLOY
 from support.training_data import TEACHER, write_scenes
 
 SIZES = {key: TEACHER[key] for key in ("dim", "depth", "heads", "stem_width", "width")}
 SMALL = {"width": 8, "hidden": 16, "token_width": 4, "queue": 12}
-PATIENCE_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -166,24 +157,3 @@ def test_a_task_with_one_sensor_is_refused(home: Path) -> None:
     task = load_task("image-classification")
     with pytest.raises(ConfigError, match="selfdistill"):
         Contrastive(task, task.teacher({}), ContrastiveConfig(), steps=1)
-
-
-@pytest.mark.slow
-def test_killed_and_run_again_gives_the_same_artifact(home: Path, tmp_path: Path) -> None:
-    """Queue, key encoder, their order and the temperature survive `kill -9`."""
-    options = {"data": home / "data", "steps": 60, "checkpoint_every": 5, "objective": ("contrastive",),
-               "set": ("contrastive.queue=12", "contrastive.hidden=16"), **TEACHER}
-    flags = [part for name, value in options.items() for one in (value if isinstance(value, tuple) else (value,))
-             for part in ("--" + name.replace("_", "-"), str(one))]
-    out, log = tmp_path / "out", tmp_path / ".out.partial/log.jsonl"
-    moment, deadline = random.randint(8, 35), time.monotonic() + PATIENCE_S
-    with subprocess.Popen([*FMDEPLOY, "teacher", "train", "--out", str(out), *flags], stderr=subprocess.PIPE) as process:
-        while not (log.is_file() and log.read_bytes().count(b"\n") >= moment):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-    assert not out.exists()
-    resumed = train(out=out, **options)
-    assert resumed.digest == train(out=tmp_path / "whole", **options).digest
-    assert open_artifact(out).json("model.json")["heads"] is False

@@ -113,6 +113,13 @@ def test_the_target_is_part_of_the_checkpoint_and_not_of_what_is_trained() -> No
     assert not any(p.requires_grad for p in objective.target.parameters())
 
 
+def test_the_target_is_in_evaluation_mode_while_the_backbone_trains() -> None:
+    _, objective, _ = _jepa()
+    objective.train()
+    assert objective.predictor.training
+    assert not any(module.training for module in objective.target.modules())
+
+
 def test_blocks_that_leave_no_context_are_refused() -> None:
     with pytest.raises(ConfigError, match="may cover the whole picture"):
         _jepa(blocks=8)

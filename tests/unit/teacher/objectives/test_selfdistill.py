@@ -1,20 +1,14 @@
-"""Self-distillation: balanced targets, the least loss, views on an ego grid, and two processes beside one."""
+"""Self-distillation: balanced targets, the least loss, and views on an ego grid."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.data.format import open_dataset
 from fmdeploy.models.tokens import backbone_of
 from fmdeploy.task import load_task
@@ -29,11 +23,6 @@ from support.training_data import TEACHER, write_scenes
 SIZES = {key: TEACHER[key] for key in ("dim", "depth", "heads", "stem_width", "width")}
 SMALL = {"prototypes": 8, "token_prototypes": 8, "memory": 16, "hidden_width": 16, "bottleneck": 8}
 STILL = {"shift": 0.0, "zoom": 0.0, "turn": 0.0, "sensor_drop": 0.0, "cells_lost": 0.0, "hidden": 0.0}
-SCRIPT = """
-import json, sys
-from fmdeploy.teacher.train import train
-train(**json.loads(sys.argv[1]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -195,30 +184,3 @@ def test_a_collapse_stops_the_run(home: Path) -> None:
     with pytest.raises(CollapsedError, match="has collapsed at step 1"):
         train(data=home / "data", out=home / "collapsed", steps=12, objective=("selfdistill",), **TEACHER,
               set=("selfdistill.min_std=0.999", "selfdistill.watch_every=1", "selfdistill.patience=2"))
-
-
-@pytest.mark.slow
-def test_two_processes_and_three_objectives_compute_what_one_process_does(home: Path) -> None:
-    options: dict[str, Any] = {
-        "data": str(home / "data"), "steps": 6, **TEACHER,
-        "objective": ["selfdistill", "contrastive=0.5", "flow=2"],
-        "set": ["selfdistill.prototypes=4", "selfdistill.memory=21", "selfdistill.token_prototypes=16", "contrastive.queue=12", "contrastive.hidden=16", "flow.width=16"],
-    }
-    one = train(**{**options, "objective": tuple(options["objective"]), "set": tuple(options["set"])}, out=home / "one")
-    (home / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(home / "script.py"), json.dumps({**options, "out": str(home / "two")})]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = _log(one), _log(open_artifact(home / "two"))
-    names = {"selfdistill.frame", "selfdistill.token", "contrastive.frame", "contrastive.token", "flow.velocity",
-             "contrastive.temperature", "selfdistill.feature_std", "contrastive.effective_rank"}
-    assert names <= set(first[0])
-    assert first[0]["grad_norm"] == pytest.approx(second[0]["grad_norm"], rel=1e-4)
-    for ours, theirs in zip(first, second, strict=True):
-        for name in (*sorted(names), "loss"):
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-4), (ours["step"], name)
-
-
-def _log(artifact: Artifact) -> list[dict[str, float]]:
-    return [json.loads(line) for line in artifact.path("log.jsonl").read_text().splitlines()]

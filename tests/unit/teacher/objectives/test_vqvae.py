@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.teacher.objectives.vqvae import Codebook, FrameVAE, perplexity
+from fmdeploy.training.ema import WeightAverage
 
 
 def frames(count: int, kinds: int = 6) -> Tensor:
@@ -137,3 +138,14 @@ def test_a_used_book_is_not_moved_by_looking() -> None:
 def test_a_grid_that_does_not_tile_the_frame_is_refused() -> None:
     with pytest.raises(ConfigError, match="do not tile"):
         FrameVAE(planes=1, size=64, grid=10, codes=4, dim=4)
+
+
+def test_averaged_weights_leave_the_tokeniser_as_it_is() -> None:
+    model = torch.nn.ModuleDict({"vae": vae(), "other": torch.nn.Linear(2, 2)})
+    average = WeightAverage(model, decay=0.9)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
+    average.update(model, step=1000)
+    for name, value in model.state_dict().items():
+        assert torch.equal(average.values[name], value) == name.startswith("vae."), name
