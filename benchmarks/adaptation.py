@@ -7,8 +7,8 @@ open roads seen by the rig `roof-1`. The target domain is recorded here: slow cr
 around (profile `airside`), seen by the weaker rig `bumper-1`, from seeds of their own. Every arm trains the same number
 of steps and draws the same share of its samples from the source's train split (replay).
 
-Rates are chosen by the IoU on the target's val split, full fine-tuning's among all of `--lr-full`; everything printed
-is of the test splits. Intervals: paired bootstrap over simulations.
+Rates are chosen by the IoU on the target's val split, among `--lr-full` for full fine-tuning and `--lr` for the others;
+the table is of the test splits. Intervals: paired bootstrap over simulations.
 
 Targets: LoRA trains at most 2 % of the parameters, reaches at least 95 % of full fine-tuning on the target, and the
 adapted network itself falls by at most 1 % on the source. With its adapter switched off a frozen teacher does not fall
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, nargs="+", default=[4e-3], help="of the adapted arms")
+    parser.add_argument("--lr", type=float, nargs="+", default=[4e-3, 1e-2], help="of the adapted arms")
     parser.add_argument("--lr-full", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="of full fine-tuning")
     parser.add_argument("--replay", type=float, default=0.75)
     parser.add_argument("--scenarios", nargs="+", default=["intersection"], help="of the target domain")

@@ -26,21 +26,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_audit_of_clean_data_exits_0(data: Path) -> None:
-    done = run("audit", "--data", str(data), "--json")
+    done = run("audit", str(data), "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["leaks"] == 0
+    assert json.loads(done.stdout) == []
 
 
 def test_audit_of_misused_samples_exits_1_and_names_them(data: Path, tmp_path: Path) -> None:
     sample = f"{open_dataset(data).splits['test'][0]}/3"
     used = tmp_path / "calibration.json"
     used.write_text(json.dumps({"samples": [sample]}))
-    done = run("audit", "--data", str(data), "--against", str(used))
+    done = run("audit", str(data), "--against", str(used))
     assert done.returncode == 1
     assert sample in done.stdout
-    parsed = run("audit", "--data", str(data), "--against", str(used), "--json")
+    parsed = run("audit", str(data), "--against", str(used), "--json")
     assert parsed.returncode == 1
-    assert json.loads(parsed.stdout)["pairs"][0]["one"] == sample
+    [leak] = json.loads(parsed.stdout)
+    assert leak["trap"] == "calibration sample"
+    assert leak["samples"][0] == sample
 
 
 def test_leaking_split_exits_1_and_writes_nothing(data: Path, tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_split_and_info_agree(data: Path, tmp_path: Path) -> None:
     (("record", "--out", "x", "--simulations", "1"), "1 simulations are too few"),
     (("record", "--simulations", "1"), "'out' is required"),
     (("record", "--out", "x", "--scenarios", "moon"), "moon"),
-    (("audit", "--data", "nowhere"), "nowhere: no such artifact"),
+    (("audit", "nowhere"), "nowhere: no such artifact"),
     (("info", "--data", "/"), "is not an fmdeploy artifact"),
     (("split", "--data", "nowhere", "--out", "x", "--val", "0.7", "--test", "0.7"), "leave something to train on"),
 ])

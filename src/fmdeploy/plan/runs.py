@@ -37,7 +37,8 @@ def read_runs(path: Path) -> Runs:
     """Read a CSV file with the columns params, tokens and loss; others are ignored.
 
     Raises:
-        DataError: the file cannot be read, a column or a number is missing or not above 0, or the runs are too few or too alike to fit.
+        DataError: the file cannot be read, a column or a number is missing or not above 0, or the runs are too few or
+            too alike to fit.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:

@@ -124,3 +124,8 @@ def test_a_binary_file_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(DataError, match="not a CSV file"):
         read_runs(tmp_path / "runs.csv")
+
+
+def test_a_table_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        read_runs(tmp_path / "runs.csv")
