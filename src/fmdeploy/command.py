@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from fmdeploy.artifact import Artifact
-from fmdeploy.config import ConfigT, Positional, StageConfig, load_config, marks_of
+from fmdeploy.config import ConfigT, Internal, Positional, StageConfig, load_config, marks_of
 
 ResultT = TypeVar("ResultT")
 
@@ -80,7 +80,8 @@ def metric_lines(metrics: dict[str, Any], indent: str = "  ") -> tuple[str, ...]
 
 def click_options(model: type[StageConfig]) -> list[click.Parameter]:
     """One flag (or argument) a field; nothing is required here, since `--config` may hold it."""
-    return [_option(name, model) for name in model.model_fields]
+    shown = [n for n, i in model.model_fields.items() if not any(isinstance(m, Internal) for m in marks_of(i))]
+    return [_option(name, model) for name in shown]
 
 
 def argument_lines(model: type[StageConfig]) -> str:

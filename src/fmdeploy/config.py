@@ -26,6 +26,10 @@ class RunOnly:
     """Marks a field that changes how a stage runs but never its result (workers, threads)."""
 
 
+class Internal:
+    """Marks a field that a stage fills in itself: the manifest has it, the command line does not."""
+
+
 class Positional:
     """Marks a field that the command line takes as an argument instead of a flag: `fmdeploy check BUNDLE`."""
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.command import command
-from fmdeploy.config import InputPath, OutputPath, Positional
+from fmdeploy.config import InputPath, Internal, OutputPath, Positional
 from fmdeploy.data.format import SPLITS
 from fmdeploy.data.importing.drives import Drive, content_digest
 from fmdeploy.data.importing.images import class_names, image_drives, read_table
@@ -50,7 +50,7 @@ class ImportConfig(SplitRules):
     nuscenes_version: str | None = Field(default=None, description="nuscenes: folder of the tables, such as v1.0-mini")
     reference: str = Field(default="LIDAR_TOP", description="nuscenes: channel whose key frames give the ego's pose")
     points: bool = Field(default=True, description="nuscenes: read point clouds where they are")
-    content: str = Field(default="", description="sha256 of the source, for the manifest: leave it out")
+    content: Annotated[str, Internal()] = Field(default="", description="sha256 of the source")
 
     @model_validator(mode="after")
     def _fits_the_format(self) -> ImportConfig:
