@@ -115,8 +115,9 @@ class DistillConfig(MixtureConfig, TrainingConfig):
 
     def resolved(self) -> dict[str, Any]:
         """With hashes of the user's own task and student in place of trust in their names."""
-        found = {**super().resolved(), "task_source": source_digest(self.task),
-                 "teacher_shares": [share for _, share in self.teachers()]}
+        found = {**super().resolved(), "task_source": source_digest(self.task)}
+        if len(self.teacher) > 1:
+            found["teacher_shares"] = [share for _, share in self.teachers()]
         if self.student.startswith("hf:"):  # a folder is where something lies, not what it is
             return {**found, "student": f"hf:{source_digest(self.student)}", "student_source": None}
         return {**found, "student_source": source_digest(self.student)}

@@ -57,7 +57,8 @@ def test_adapter_is_small_and_used_few_labels(chapter: Path) -> None:
 
 def test_gate_blocks_the_one_that_forgot_the_road(chapter: Path) -> None:
     def verdict(name: str) -> dict[str, bool]:
-        return {row["name"]: row["result"] == "pass" for row in read(chapter / name / "gates.json")}
+        rows = read(chapter / name / "gates.json")
+        return {row["name"]: row["result"] == "pass" for row in rows if row["slice"] is None}
 
     forgot, kept = verdict("gate-naive"), verdict("gate-kept")
     road = next(name for name in forgot if name.endswith("in road"))
