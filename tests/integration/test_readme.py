@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support.markdown import run_block, shell_blocks
+from support.markdown import check_marks, run_document, shell_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("teacher", "distill", "quantize", "export", "runtime", "jetson")
@@ -39,12 +39,7 @@ def clone(target: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_commands_of_the_document_run(document: Path, tmp_path: Path) -> None:
-    folder = clone(tmp_path / "clone")
-    for block in shell_blocks(document):
-        if block.mark == "no-run":
-            continue
-        done = run_block(block, folder)
-        assert done.returncode == 0, f"{block.name}\n{block.script}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    run_document(document, clone(tmp_path / "clone"))
 
 
 def test_readme_has_commands() -> None:
@@ -52,12 +47,7 @@ def test_readme_has_commands() -> None:
 
 
 def test_marks_have_reasons_and_are_few() -> None:
-    blocks = [block for document in DOCUMENTS for block in shell_blocks(document)]
-    for block in blocks:
-        assert not block.mark or len(block.text) >= 10, f"{block.name}: say why"
-        assert block.language == "bash", f"{block.name}: use ```bash, the only language that is executed"
-    assert sum(block.mark == "no-run" for block in blocks) <= MAX_NOT_RUN
-    assert sum(block.mark == "run-as" for block in blocks) <= MAX_RUN_AS
+    check_marks(DOCUMENTS, no_run=MAX_NOT_RUN, run_as=MAX_RUN_AS)
 
 
 def test_links_of_the_documents_exist() -> None:

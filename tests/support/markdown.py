@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,25 @@ def shell_blocks(file: Path) -> list[Block]:
             kind, words = (before["kind"], before["text"]) if before else ("", "")
             found.append(Block(file, line, match["language"], match["body"], kind, words))
     return found
+
+
+def run_document(file: Path, folder: Path) -> None:
+    """Run all blocks of a file in `folder`, in order, but those that are marked; assert that each succeeds."""
+    for block in shell_blocks(file):
+        if block.mark == "no-run":
+            continue
+        done = run_block(block, folder)
+        assert done.returncode == 0, f"{block.name}\n{block.script}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def check_marks(files: Sequence[Path], *, no_run: int, run_as: int) -> None:
+    """Assert that marks say why, and that no more than these blocks have one: nobody skips a command silently."""
+    blocks = [block for file in files for block in shell_blocks(file)]
+    for block in blocks:
+        assert not block.mark or len(block.text) >= 10, f"{block.name}: say why"
+        assert block.language == "bash", f"{block.name}: use ```bash, the only language that is executed"
+    assert sum(block.mark == "no-run" for block in blocks) <= no_run
+    assert sum(block.mark == "run-as" for block in blocks) <= run_as
 
 
 def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:

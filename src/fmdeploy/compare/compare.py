@@ -15,6 +15,7 @@ from fmdeploy.command import Outcome, command
 from fmdeploy.compare.canary import canary_row, judge_cases, read_canaries
 from fmdeploy.compare.domains import Json, continual, domain_rows, table_lines
 from fmdeploy.compare.judged import ALL, MODELS, Judged, judged_check, judged_model
+from fmdeploy.compare.latency import NAME as LATENCY
 from fmdeploy.compare.latency import latency_row
 from fmdeploy.config import InputPath, OutputPath, Positional, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
@@ -184,8 +185,7 @@ def _best(side: Judged, found: Mapping[str, Evaluation]) -> Evaluation:
 def _latency(config: CompareConfig, candidate: Judged, deployed: Judged) -> Row:
     assert config.max_latency_ratio is not None
     if candidate.artifact.kind is not Kind.CHECK:
-        return not_measured("latency p50 ratio, candidate / deployed", "only CHECKs have times",
-                            limit=config.max_latency_ratio, unit="x")
+        return not_measured(LATENCY, "only CHECKs have times", limit=config.max_latency_ratio, unit="x")
     tiers = (candidate.tier, deployed.tier)
     return latency_row(candidate.artifact, deployed.artifact, tiers, config.max_latency_ratio)
 

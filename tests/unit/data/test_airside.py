@@ -15,12 +15,12 @@ from fmdeploy.data.lot import AISLES, pave
 from fmdeploy.data.record import RecordConfig, record
 from fmdeploy.data.rigs import RIGS
 from fmdeploy.data.scenes import SPEED, X, Y, simulate
-from fmdeploy.data.traffic import Traffic
 from fmdeploy.errors import DataError
 from fmdeploy.evaluate.evaluation import evaluate
 from fmdeploy.task import Array, Arrays, load_task
 from fmdeploy.tasks import bev_occupancy_samples
 from fmdeploy.tasks.bev_occupancy_samples import BevSamples
+from support.driving import drive
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,7 @@ def test_the_lot_drives_exactly_like_highway_env() -> None:
             out, back = AISLES
             places = ((out, 0, 40.0, 4.0), (out, 0, 52.0, 2.0), (out, 1, 45.0, 3.0), (back, 1, 50.0, 2.5))
             road.vehicles = [new_driver(road, (*nodes, rank), along, speed) for nodes, rank, along, speed in places]
-            traffic, track = Traffic(road) if fast else None, []
-            for _ in range(60):
-                if traffic is not None:
-                    traffic.step(0.1)
-                else:
-                    road.act()
-                    road.step(0.1)
-                track.append([(*v.position, v.heading, v.speed) for v in road.vehicles])
-            return np.array(track)
+            return drive(road, fast=fast, steps=60)
 
     stock, fast = driven(False), driven(True)
     assert np.abs(stock - fast).max() < 1e-9

@@ -11,22 +11,14 @@ import pytest
 from fmdeploy.data import highway
 from fmdeploy.data.highway import SCENARIOS, Scenario, load, open_road
 from fmdeploy.data.scenes import LENGTH, SPEED, WIDTH, Scene, simulate
-from fmdeploy.data.traffic import Traffic
 from fmdeploy.task import Array
+from support.driving import drive
 
 
 def trajectories(scenario: Scenario, seed: int, *, fast: bool, steps: int = 30) -> Array:
     """(steps, N, 4): x, y, heading and speed of all vehicles of a stock scene."""
     with open_road(scenario, seed) as (road, _):
-        traffic, track = Traffic(road) if fast else None, []
-        for _ in range(steps):
-            if traffic is not None:
-                traffic.step(0.1)
-            else:
-                road.act()
-                road.step(0.1)
-            track.append([(*v.position, v.heading, v.speed) for v in road.vehicles])
-        return np.array(track)
+        return drive(road, fast=fast, steps=steps)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

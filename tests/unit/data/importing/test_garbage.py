@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from fmdeploy.data.importing.nuscenes_tables import FIELDS, read_tables
 from fmdeploy.data.importing.stage import import_data
 from fmdeploy.errors import ConfigError, DataError
 from support.nuscenes_tables import write_nuscenes
+from support.tarshards import npy, shard
 
 
 @pytest.mark.parametrize(("table", "key"), [(table, key) for table, fields in FIELDS.items() for key in fields])
@@ -38,21 +37,6 @@ def test_a_nuscenes_record_without_what_is_read_is_named(source: Path, table: st
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_nuscenes(tmp_path_factory.mktemp("nuscenes"), samples=2, points=False)
-
-
-def shard(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def npy(array: Any) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
 
 
 @pytest.mark.parametrize(("members", "why"), [

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fmdeploy.data.importing.pictures import decode_image
 from fmdeploy.data.importing.stage import import_data
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.tasks.image_classification import ImageClassification
+from support.tarshards import npy, shard
 
 
 def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (20, 10), **options: Any) -> Path:
@@ -139,26 +139,14 @@ def test_pictures_are_upright_deep_and_grey_as_they_should_be() -> None:
     assert decode_image(encoded(clear), None, 3, where="x")[0].mean() == 1.0
 
 
-def shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number, members in enumerate(samples):
-            for key, content in members.items():
-                info = tarfile.TarInfo(f"{number:04d}.{key}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def npy(array: Any) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
+def numbered(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    return shard(path, {f"{number:04d}.{key}": content for number, members in enumerate(samples)
+                        for key, content in members.items()})
 
 
 def test_webdataset_shards_come_in(tmp_path: Path) -> None:
     for part in range(2):
-        shard(tmp_path / "in" / f"{part}.tar", [
+        numbered(tmp_path / "in" / f"{part}.tar", [
             {"png": encoded(Image.new("RGB", (6, 4), (10 * k, 0, 0))), "cls": str(k % 3).encode(),
              "lidar.npy": npy(np.full((2, 3), k, np.float32)),
              "json": json.dumps({"sequence": f"drive{part}-{k // 4}", "weather": "fog"}).encode()} for k in range(8)])
@@ -185,14 +173,14 @@ BAD_SHARDS: dict[str, tuple[list[dict[str, bytes]], str]] = {
 @pytest.mark.parametrize("case", BAD_SHARDS)
 def test_bad_shards_are_told_by_sample(tmp_path: Path, case: str) -> None:
     samples, message = BAD_SHARDS[case]
-    path = shard(tmp_path / "in.tar", samples)
+    path = numbered(tmp_path / "in.tar", samples)
     with pytest.raises(DataError, match=message):
         import_data(source=path, format="webdataset", out=tmp_path / "out", val=0, test=0)
     assert not (tmp_path / "out").exists()
 
 
 def test_torn_shards_are_told(tmp_path: Path) -> None:
-    path = shard(tmp_path / "in" / "0.tar", [{"cls": b"1", "npy": npy(np.zeros(4000))}])
+    path = numbered(tmp_path / "in" / "0.tar", [{"cls": b"1", "npy": npy(np.zeros(4000))}])
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(DataError, match="0.tar: cannot be read as a WebDataset shard"):
         import_data(source=path, format="webdataset", out=tmp_path / "out")
