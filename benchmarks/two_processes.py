@@ -5,6 +5,8 @@
 Each run is a process group of its own (torchrun, gloo) that trains the demo's teacher or student on a few drives in
 memory, with the loop that every stage uses. Rounds of one, two, one in turn; `control` is one against one (A/A). The
 first steps of a run are left out. Target: at least 1.7 x on two idle cores; on a busy machine believe nothing.
+`apart` is two processes with half a batch each that know nothing of each other: cores share caches, memory and clock,
+so that two of them may give less than twice one, and nobody can beat that by sending gradients as well.
 `--profile` prints where one of two processes spends the time of a step, and the CPU time that a step costs in all.
 """
 
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +37,7 @@ from fmdeploy.task import load_task
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch, Job, Tensors, fit
+from fmdeploy.training.mixture.options import Mixture
 from support.training_data import write_scenes
 
 TARGET = 1.7
@@ -60,28 +64,39 @@ def main() -> None:
 
 def compare(what: str, folder: Path, options: argparse.Namespace) -> None:
     """Rounds of one, two and again one process."""
-    found: dict[str, list[dict[str, float]]] = {"one": [], "two": [], "again": []}
+    found: dict[str, list[dict[str, float]]] = {"one": [], "two": [], "apart": [], "again": []}
     for number in range(options.rounds):
-        for name in ("one", "two", "again") if number % 2 == 0 else ("again", "two", "one"):
-            found[name].append(launch(what, 2 if name == "two" else 1, folder, options))
+        for name in list(found) if number % 2 == 0 else list(found)[::-1]:
+            found[name].append(apart(what, folder, options) if name == "apart" else
+                               launch(what, 2 if name == "two" else 1, folder, options))
     step = {name: statistics.median(row["step_s"] for row in rows) for name, rows in found.items()}
     cpu = {name: statistics.median(row["cpu_s"] for row in rows) for name, rows in found.items()}
     ratio = step["one"] / step["two"]
     print(f"{what}: batch {options.batch}, one {step['one'] * 1e3:.1f} ms a step, two {step['two'] * 1e3:.1f} ms: "
           f"{ratio:.2f} x, {'ok' if ratio >= TARGET else 'TOO SLOW'} (target {TARGET:g}); "
           f"control {step['one'] / step['again']:.3f} x; CPU a step and process {cpu['one'] * 1e3:.1f} and "
-          f"{cpu['two'] * 1e3:.1f} ms, so at most {cpu['one'] / cpu['two']:.2f} x", flush=True)
+          f"{cpu['two'] * 1e3:.1f} ms, so at most {cpu['one'] / cpu['two']:.2f} x; apart {step['apart'] * 1e3:.1f} ms: "
+          f"{step['one'] / step['apart']:.2f} x, of which two have {step['apart'] / step['two']:.3f}", flush=True)
 
 
-def launch(what: str, processes: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def apart(what: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Two runs of one process at the same time, each with half a batch; the slower one's numbers."""
+    with ThreadPoolExecutor(2) as pool:
+        each = list(pool.map(lambda name: launch(what, 1, folder, options, name=name, batch=options.batch // 2), "ab"))
+    return max(each, key=lambda row: row["step_s"])
+
+
+def launch(
+    what: str, processes: int, folder: Path, options: argparse.Namespace, *, name: str = "", batch: int | None = None
+) -> dict[str, float]:
     """One run; what its first process measured."""
-    out = folder / f"{what}-{processes}.json"
+    out = folder / f"{what}-{processes}{name}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     if processes == 1:
         command = [sys.executable]
     subprocess.run(
         [*command, __file__, "--worker", what, str(folder), str(out), "--steps", str(options.steps), "--batch",
-         str(options.batch), *(["--profile"] if options.profile else [])],
+         str(batch or options.batch), *(["--profile"] if options.profile else [])],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=not options.profile, text=True)
     found: dict[str, float] = json.loads(out.read_text())
     return found
@@ -93,7 +108,7 @@ def work(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task = load_task("bev-occupancy")
-    samples = task.samples(open_dataset(Path(folder) / "data"), "train")
+    mixture = Mixture(task.samples(open_dataset(Path(folder) / "data"), "train"))
     model = task.teacher({}) if what == "teacher" else task.student("cnn", {})
     names = [spec.name for spec in task.io.inputs]
     outputs = [spec.name for spec in task.io.outputs]
@@ -109,7 +124,7 @@ def work(options: argparse.Namespace) -> None:
         ends.append((time.perf_counter(), used.ru_utime + used.ru_stime))
         return {}
 
-    made = SupervisedBatches(task, samples, config)
+    made = SupervisedBatches(task, mixture, config)
     ready: list[Batch] = []  # the same batches in every run, made beforehand: the loader is measured elsewhere
 
     def batch(step: int, part: int) -> Batch:

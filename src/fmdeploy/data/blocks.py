@@ -9,6 +9,7 @@ Legend: N samples, R rows of the split (frames), K blocks.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,8 +100,20 @@ class BlockRows:
             need = int(self.bytes_K[number])
             while len(self._kept) >= KEPT_BLOCKS and int(self.bytes_K[list(self._kept)].sum()) + need > self.budget:
                 self._kept.popitem(last=False)  # before the next one is decoded: the peak counts
-            self._kept[number] = self._load(number)
+            self._kept[number] = {name: _apart(array) for name, array in self._load(number).items()}
             return self._kept[number]
+
+
+def _apart(array: Array) -> Array:
+    """A copy in pages of its own, given back the moment it is dropped.
+
+    On malloc's heap blocks that come and go lie between the buffers of a network, and the largest of those find no
+    room any more: the heap grew by a third over 100,000 samples (`benchmarks/flat_memory.py`).
+    """
+    pages = mmap.mmap(-1, max(1, array.nbytes))
+    found = np.frombuffer(pages, array.dtype, count=array.size).reshape(array.shape)
+    np.copyto(found, array)
+    return found
 
 
 class Rows:
