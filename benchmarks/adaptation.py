@@ -200,7 +200,7 @@ def compare_methods(options: argparse.Namespace, teacher: Artifact, source: Data
     for name in options.methods:
         tuned, rate = best_of(options.lr, lambda lr, name=name: adapt(  # type: ignore[misc]
             teacher=teacher.root, out=out / f"{name.replace(' ', '-').replace(',', '')}-{lr:g}", lr=lr,
-            replay_data=old, replay_share=options.replay, **ARMS[name], **shared))
+            replay=(old,), replay_share=options.replay, **ARMS[name], **shared))
         share = tuned.json("metrics.json")["share"]
         reached, fall = compare(name, share, rate, evaluations(load_adapted(teacher, tuned), domains))
         met |= ARMS[name]["method"] == "lora" and share <= 0.02 and reached >= 0.95 and fall <= 0.01

@@ -112,7 +112,8 @@ def _options(config: DistillConfig) -> dict[str, Mapping[str, Any]]:
 
 
 def _batches(config: DistillConfig, sources: Sources, options: Mapping[str, Mapping[str, Any]]) -> DistillBatches:
-    mixture = mix(config, sources.task, sources.data, sources.replay, config.seed, labels=config.labels > 0)
+    reads_labels = config.weights().labels > 0 and (config.labels > 0 or bool(sources.replay))
+    mixture = mix(config, sources.task, sources.data, sources.replay, config.seed, labels=reads_labels)
     cached = [teacher for teacher in sources.teachers if teacher.features is not None]
     caches = [_reader(teacher, sources, mixture.samples) for teacher in cached]
     labelled = mixture.labelled(config.labels, config.label_seed)

@@ -15,11 +15,12 @@ from fmdeploy.distill.augment import Augmentation, mine, pick
 from fmdeploy.distill.config import DistillConfig
 from fmdeploy.distill.resolution import reduced
 from fmdeploy.errors import ConfigError
-from fmdeploy.task import Arrays, Samples, Task
+from fmdeploy.task import Samples, Task
 from fmdeploy.teacher.features import CacheReader
+from fmdeploy.training.batches import contiguous
 from fmdeploy.training.distributed import world
 from fmdeploy.training.loop import Batch
-from fmdeploy.training.mixture.options import WEIGHT, Mixture
+from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.sampler import Index, Sampler, my_part
 
 LABELLED_STREAM = 1 << 20  # a seed of its own, so that the two orders are independent
@@ -91,13 +92,11 @@ class DistillBatches:
         index, labels = self._index(step, part)
         geometry = mine(self.augmentation.draw(config.batch, seed=config.seed, step=step), self.num_labelled, part,
                         config.accumulation)
-        inputs, targets = self.samples.batch(index)
-        if (weights := self.mixture.weights(index, self.labelled)) is not None:
-            targets = {**targets, WEIGHT: weights}
+        inputs, targets = self.mixture.batch(index, self.labelled)
         batch: Batch = {"inputs": inputs, "targets": {name: array[:labels] for name, array in targets.items()}}
         batch |= {f"teacher{number}": cache.batch(index) for number, cache in enumerate(self.caches)}
         seen = {"targets": pick(geometry, slice(labels))}
-        result = {kind: _contiguous(self.task.transform(arrays, seen.get(kind, geometry)))
+        result = {kind: contiguous(self.task.transform(arrays, seen.get(kind, geometry)))
                   for kind, arrays in batch.items()}
         factor = self.factor(step)
         if factor > 1:
@@ -113,7 +112,3 @@ class DistillBatches:
         orders = [sampler for sampler in self.samplers if sampler is not None]
         pieces = [my_part(sampler.index(step), part, self.config.accumulation) for sampler in orders]
         return np.concatenate(pieces), len(pieces[0]) if self.num_labelled else 0
-
-
-def _contiguous(arrays: Arrays) -> Arrays:
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fmdeploy.config import InputPath, OutputPath
+from fmdeploy.data.trained_on import TrainedOnConfig
 from fmdeploy.distill.losses.registry import LOSSES, Weights, weights_of
 from fmdeploy.errors import ConfigError
 from fmdeploy.provenance import source_digest
@@ -19,7 +20,7 @@ SIZES = ("stem_width", "width", "dim", "depth")
 AUGMENTATIONS = ("flip", "translate", "crop")
 
 
-class DistillConfig(MixtureConfig, TrainingConfig):
+class DistillConfig(TrainedOnConfig, MixtureConfig, TrainingConfig):
     """How the student is trained. Without a teacher it learns from labels alone."""
 
     data: InputPath = Field(description="DATASET")
@@ -28,19 +29,20 @@ class DistillConfig(MixtureConfig, TrainingConfig):
         "TEACHER, or TEACHER=WEIGHT; repeat it for several; none given: labels only"))
     features: tuple[InputPath, ...] = Field(default=(), description=(
         "FEATURES of the teachers: one with all of them, or one each in order; none given: they run live"))
-    build_cache: OutputPath | None = Field(default=None, description="Write the FEATURES there first, then use them")
-    teacher_data: tuple[InputPath, ...] = Field(default=(), description=(
-        "DATASET that a teacher saw, where it is not --data: refused if it holds what the student is judged on"))
+    build_cache: OutputPath | None = Field(default=None, description="write the FEATURES there first, then use them")
     init: InputPath | None = Field(default=None, description="STUDENT to start from, such as one without heads")
     task: str = Field(default="bev-occupancy", description="built-in task, or module:Class")
     student: str = Field(default="cnn", description="cnn, vit, depthwise, hf:FOLDER, timm:NAME or module:callable")
-    stem_width: int | None = Field(default=None, ge=1, description="student's channels at half resolution")
-    width: int | None = Field(default=None, ge=1, description="student's channels")
+    stem_width: int | None = Field(default=None, ge=1, description=(
+        "student's channels at half resolution; sizes that are not given are the student's own"))
+    width: int | None = Field(default=None, ge=1, description=(
+        "student's channels: of the cnn and depthwise at quarter, of the vit at half resolution"))
     dim: int | None = Field(default=None, ge=1, description="student's transformer width")
     depth: int | None = Field(default=None, ge=1, description="student's transformer blocks")
     labels: float = Field(default=1.0, ge=0, le=1, description="share of the train simulations whose labels are used")
     label_seed: int = Field(default=0, ge=0, description="which simulations those are")
-    labelled_share: float = Field(default=0.25, gt=0, le=1, description="share of a batch drawn from labelled samples")
+    labelled_share: float = Field(default=0.25, gt=0, le=1, description=(
+        "with a teacher: share of each batch that is drawn from labelled samples and compared with labels"))
     loss: tuple[str, ...] = Field(default=("labels=0.5", "logits=2", "features=0.2"), description=(
         f"NAME or NAME=WEIGHT, repeated: {', '.join(LOSSES)}"))
     set: tuple[str, ...] = Field(default=(), description=(
@@ -59,7 +61,7 @@ class DistillConfig(MixtureConfig, TrainingConfig):
     lr: float = Field(default=3e-3, gt=0, description="peak learning rate")
     channels_last: bool = Field(default=True, description="lay kernels out channels-last: a tenth faster for the cnn")
 
-    @field_validator("teacher", "features", "teacher_data", mode="before")
+    @field_validator("teacher", "features", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return tuple(() if value is None else (value,) if isinstance(value, str | Path) else value)

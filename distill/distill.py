@@ -22,7 +22,7 @@ from fmdeploy.training.loop import fit
 
 @command(DistillConfig)
 def distill(config: DistillConfig) -> Artifact:
-    """Train the student.
+    """Train the student: on labels, on the teachers' outputs and on their maps. docs/distillation.md lists the losses.
 
     Raises:
         ArtifactError: an input is not what it should be, or the cache belongs to something else.

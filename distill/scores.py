@@ -6,6 +6,8 @@ import math
 import shutil
 from typing import Any
 
+import numpy as np
+
 from fmdeploy.artifact import Artifact
 from fmdeploy.distill.assemble import Assembly
 from fmdeploy.distill.config import DistillConfig
@@ -22,10 +24,10 @@ Scores = dict[str, dict[str, float | None]]
 
 def student_metrics(draft: Draft, config: DistillConfig, sources: Sources, made: Assembly) -> dict[str, Any]:
     """The content of `metrics.json`; writes the evaluations. A student without heads has none."""
-    total, used = len(made.batches.samples), len(made.batches.labelled) if made.batches.num_labelled else 0
+    seen = made.batches.mixture.supervision(made.batches.labelled if made.batches.num_labelled else np.arange(0))
     found: dict[str, Any] = {
-        "params": num_parameters(made.student), "heads": made.trains_heads, "labels": {
-            "fraction": config.labels, "samples": used, "of": total},
+        "params": num_parameters(made.student), "heads": made.trains_heads,
+        "labels": {"fraction": config.labels, **seen},
         **({"teacher_data": sources.elsewhere} if sources.elsewhere else {}),
     }
     if not made.trains_heads:

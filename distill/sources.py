@@ -7,10 +7,10 @@ from pathlib import Path
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.trained_on import check_training_data
 from fmdeploy.distill.config import DistillConfig
-from fmdeploy.distill.overlap import check_training_data
 from fmdeploy.errors import ConfigError
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import Kind, numbered_role
 from fmdeploy.models.saved import LoadedModel, load_model
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.cache import cache
@@ -62,13 +62,12 @@ class Sources:
     replay: tuple[Dataset, ...] = ()
 
     def inputs(self) -> dict[str, Artifact]:
-        """Roles of the artifacts, for the manifest: `teacher`, `teacher1`, ..., and their `features` likewise."""
+        """Roles of the artifacts, for the manifest: `teacher`, `teacher2`, …, and their `features` likewise."""
         found = {"data": self.data.artifact}
         for number, teacher in enumerate(self.teachers):
-            suffix = str(number or "")
-            found["teacher" + suffix] = teacher.artifact
+            found[numbered_role("teacher", number)] = teacher.artifact
             if teacher.features is not None and teacher.features.digest not in {a.digest for a in found.values()}:
-                found["features" + suffix] = teacher.features
+                found[numbered_role("features", number)] = teacher.features
         return found | replay_inputs(self.replay) | ({"init": self.init} if self.init is not None else {})
 
 
@@ -86,8 +85,8 @@ def sources_of(config: DistillConfig) -> Sources:
     init = open_artifact(config.init, Kind.STUDENT) if config.init else None
     start = _start(config, init) if init is not None else None
     seen = [teacher.artifact for teacher in teachers] + ([init] if init is not None else [])
-    elsewhere = check_training_data(seen, data, config.teacher_data)
     replay = open_replay(config.replay, data)
+    elsewhere = check_training_data(seen, data, config.teacher_data, replay)
     return Sources(task, data, _with_features(config, teachers), init, start, elsewhere, replay)
 
 

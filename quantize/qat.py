@@ -34,6 +34,7 @@ from fmdeploy.task import Task
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch, Job, Tensors, Timing, fit
+from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.validation import Validation
 
 
@@ -87,7 +88,7 @@ def imitation(
     """
     if not alpha_student and not alpha_labels:
         raise ConfigError("QAT needs a loss", expected="alpha_student or alpha_labels above 0", found="both 0")
-    batches = SupervisedBatches(task, task.samples(data, "train"), config)
+    batches = SupervisedBatches(task, Mixture(task.samples(data, "train")), config)
     frozen = copy.deepcopy(student).eval().requires_grad_(False)
     return Lesson(batches, Imitation(task, frozen, alpha_student, alpha_labels))
 

@@ -6,19 +6,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import command
-from fmdeploy.config import InputPath, OutputPath, StageConfig, validate
+from fmdeploy.config import InputPath, Internal, OutputPath, StageConfig, validate
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import Kind, numbered_role
 from fmdeploy.models.saved import RECIPE, Recipe, load_model
 from fmdeploy.progress import say
+from fmdeploy.provenance import source_digest
 from fmdeploy.task import Samples, Task, load_task
 from fmdeploy.teacher.caching.finish import finish, shard_numbers
 from fmdeploy.teacher.caching.index import Address, Share, digest_of_ids
@@ -36,7 +37,7 @@ class CacheConfig(StageConfig):
     teacher: tuple[InputPath, ...] = Field(min_length=1, description="TEACHER; repeat it to cache several")
     data: InputPath = Field(description="DATASET")
     out: OutputPath = Field(description="Where the FEATURES are written")
-    split: Literal["train", "val", "test", "all"] = Field(default="train", description="which samples")
+    split: Literal["train", "val", "test", "all"] = Field(default="train", description="split whose samples are cached")
     layers: tuple[str, ...] = Field(default=(), description="modules to keep; none given: the task's choice")
     encoding: str = Field(default="float16", description=(
         "of features: float16, float32, int8, or pca:AMOUNT+ENCODING with AMOUNT components or share of the variance"))
@@ -47,6 +48,7 @@ class CacheConfig(StageConfig):
     batch: int = Field(default=64, ge=1, description="samples a forward pass")
     shard: str = Field(default="", description="i/n: only every n-th file from the i-th on, for cache-merge to join")
     reuse: tuple[InputPath, ...] = Field(default=(), description="FEATURES to take what matches from; may be repeated")
+    task_source: Annotated[str | None, Internal()] = Field(default=None, description="hash of a user's own task's code")
 
     @field_validator("teacher", "reuse", mode="before")
     @classmethod
@@ -69,6 +71,10 @@ class CacheConfig(StageConfig):
         if value and not 1 <= int((re.fullmatch(r"(\d+)/(\d+)", value) or [0, 0])[1]) <= int(value.partition("/")[2]):
             raise ValueError("must be i/n with i from 1 to n, such as 1/4")
         return value
+
+    def resolved(self) -> dict[str, Any]:
+        """Without the source of a built-in task, which has none."""
+        return {name: value for name, value in super().resolved().items() if (name, value) != ("task_source", None)}
 
     @property
     def share(self) -> Share | None:
@@ -110,7 +116,7 @@ def cache(config: CacheConfig) -> Artifact:
     work = _work(config, teachers, data)
     shelf = Shelf(config.reuse)
     return produce(
-        config.out, Kind.FEATURES, stage="cache", config=config.model_copy(update={"layers": work.addresses[0].layers}),
+        config.out, Kind.FEATURES, stage="cache", config=work.config,
         inputs={**teacher_roles(teachers), "data": data.artifact},
         build=lambda draft: _build(draft, work, shelf), resumable=True,
     )
@@ -118,7 +124,7 @@ def cache(config: CacheConfig) -> Artifact:
 
 def teacher_roles(teachers: Sequence[Artifact]) -> dict[str, Artifact]:
     """`teacher`, `teacher2`, … in the order given."""
-    return {f"teacher{number + 1 if number else ''}": teacher for number, teacher in enumerate(teachers)}
+    return {numbered_role("teacher", number): teacher for number, teacher in enumerate(teachers)}
 
 
 def _work(config: CacheConfig, teachers: Sequence[Artifact], data: Dataset) -> Work:
@@ -133,7 +139,8 @@ def _work(config: CacheConfig, teachers: Sequence[Artifact], data: Dataset) -> W
     samples = task.samples(data, config.split)
     layers = config.layers or tuple(filter(None, (task.teacher_layer,)))
     logits = _logits(config, task)
-    addresses = [_address(config, layers, logits if recipe.heads else {}, task, samples, one, data)
+    config = config.model_copy(update={"layers": layers, "task_source": source_digest(recipes[0].task)})
+    addresses = [_address(config, logits if recipe.heads else {}, task, samples, one, data)
                  for one, recipe in zip(teachers, recipes, strict=True)]
     num_shards = -(-len(samples) // config.per_shard)
     if config.share is not None and config.share.number > num_shards:
@@ -142,15 +149,15 @@ def _work(config: CacheConfig, teachers: Sequence[Artifact], data: Dataset) -> W
     return Work(config, task, teachers, data, samples, addresses)
 
 
-def _address(config: CacheConfig, layers: tuple[str, ...], logits: dict[str, str], task: Task, samples: Samples,
-             teacher: Artifact, data: Dataset) -> Address:
-    if not layers and not logits:
+def _address(config: CacheConfig, logits: dict[str, str], task: Task, samples: Samples, teacher: Artifact,
+             data: Dataset) -> Address:
+    if not config.layers and not logits:
         raise ConfigError("there is nothing to cache: its heads were never trained, and no layer is named",
                           where=teacher.root, fix="Name one with --layers")
     return Address(
         teacher=teacher.digest, data=data.digest, split=config.split, samples=digest_of_ids(samples),
-        preprocessing=task.io.digest, layers=layers, encoding=config.encoding, logits=logits,
-        precision=config.precision, batch=config.batch, per_shard=config.per_shard,
+        preprocessing=task.io.digest, layers=config.layers, encoding=config.encoding, logits=logits,
+        precision=config.precision, batch=config.batch, per_shard=config.per_shard, task_source=config.task_source,
     )
 
 

@@ -27,12 +27,12 @@ from fmdeploy.models.saved import LoadedModel, save_model
 from fmdeploy.teacher.adapt.adapt import predict_with
 from fmdeploy.teacher.adapt.lora import fold_lora
 from fmdeploy.teacher.adapt.store import load_adapted, read_recipe
-from fmdeploy.teacher.scores import EVALUATIONS, write_scores
+from fmdeploy.teacher.scores import EVALUATIONS, GUARD, write_scores
 
 TOLERANCE = 1e-5
 SAMPLES = 8
 CARRIED = (*(f"{name}{suffix}" for name in EVALUATIONS.values() for suffix in (".json", ".safetensors")),
-           "examples.safetensors")
+           "examples.safetensors", GUARD)
 
 
 class MergeConfig(StageConfig):

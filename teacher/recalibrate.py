@@ -55,7 +55,8 @@ class RecalibrateConfig(StageConfig):
     source_data: InputPath | None = Field(default=None, description=(
         "DATASET of the old sensor: what GroupNorm and LayerNorm are matched to. BatchNorm needs none"))
     samples: int = Field(default=256, ge=8, description="samples of each train split to take statistics of")
-    strength: float = Field(default=1.0, gt=0, le=1, description="how far to go from the old affine part to the new")
+    strength: float = Field(default=1.0, gt=0, le=1, description=(
+        "share of the way from the old affine part (0) to the new (1)"))
     seed: int = Field(default=0, ge=0, description="which samples those are")
 
 

@@ -12,7 +12,8 @@ from fmdeploy.config import StageConfig
 class TeacherSizes(StageConfig):
     """Sizes that are not given are the task's own."""
 
-    dim: int | None = Field(default=None, ge=1, description="width of the transformer")
+    dim: int | None = Field(default=None, ge=1, description=(
+        "width of the transformer; sizes that are not given are the task's own"))
     depth: int | None = Field(default=None, ge=1, description="blocks of the transformer")
     heads: int | None = Field(default=None, ge=1, description="attention heads")
     stem_width: int | None = Field(default=None, ge=1, description="channels at half resolution")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import command
 from fmdeploy.config import InputPath, OutputPath
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.trained_on import TrainedOnConfig, check_training_data
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError
 from fmdeploy.manifest import Kind
@@ -22,7 +23,7 @@ from fmdeploy.provenance import source_digest
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.objectives.collapse import naming_checkpoint
 from fmdeploy.teacher.objectives.pretraining import Pretraining, PretrainingBatches
-from fmdeploy.teacher.objectives.registry import choose
+from fmdeploy.teacher.objectives.registry import choose, refuse_sharding
 from fmdeploy.teacher.objectives.store import save_objectives
 from fmdeploy.teacher.probe.curve import ProbeCurve
 from fmdeploy.teacher.scores import write_curve, write_scores
@@ -32,11 +33,11 @@ from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import resolve_precision, together
 from fmdeploy.training.log import parse_log
 from fmdeploy.training.loop import Job, fit
-from fmdeploy.training.mixture.options import MixtureConfig, mix, open_replay, replay_inputs
+from fmdeploy.training.mixture.options import Mixture, MixtureConfig, mix, open_replay, replay_inputs
 from fmdeploy.training.sampler import Index
 
 
-class TeacherConfig(TeacherSizes, MixtureConfig, TrainingConfig):
+class TeacherConfig(TeacherSizes, TrainedOnConfig, MixtureConfig, TrainingConfig):
     """How the teacher is trained. Sizes that are not given are the task's own, or those of `init`."""
 
     data: InputPath = Field(description="DATASET")
@@ -72,6 +73,8 @@ class Start:
     init: Artifact | None = None
     loaded: LoadedModel | None = None
     replay: tuple[Dataset, ...] = ()
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    """Other datasets that `init` was trained on, and whether they were compared with the held-out splits."""
 
     def inputs(self) -> dict[str, Artifact]:
         """Roles of the artifacts, for the manifest."""
@@ -95,6 +98,7 @@ def train(config: TeacherConfig) -> Artifact:
         ConfigError: unknown task or objective, sizes that do not fit together, a batch that cannot be cut.
         DivergedError: the loss became NaN.
         CollapsedError: the representation lost its variety.
+        LeakageError: an old domain, or what `init` was trained on, holds what this teacher is judged on.
     """
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
     start = _start(config)
@@ -109,19 +113,19 @@ def _start(config: TeacherConfig) -> Start:
     if config.labels < 1 and not any(choice.kind.needs_labels for choice in choices):
         raise ConfigError("no objective of this run reads labels, so samples without them are as good", where="labels",
                           found=config.labels, fix="Leave --labels out")
-    if config.sharding != "none" and (whole := [c.kind.name for c in choices if not c.kind.shardable]):
-        raise ConfigError(f"the objective {whole[0]} needs its whole network in each process", where="sharding",
-                          found=config.sharding, fix="Leave --sharding out")
+    if config.sharding != "none":
+        refuse_sharding(choices)
     task, data = load_task(config.task), open_dataset(config.data)
     replay = open_replay(config.replay, data)
     if config.init is None:
+        check_training_data((), data, config.teacher_data)
         return Start(task, data, replay=replay)
     init = open_artifact(config.init, Kind.TEACHER)
     loaded = load_model(init)
     if loaded.recipe.task != config.task:
         raise ConfigError("the teacher to start from was made for another task", where=config.init,
                           expected=config.task, found=loaded.recipe.task)
-    return Start(task, data, init, loaded, replay)
+    return Start(task, data, init, loaded, replay, check_training_data([init], data, config.teacher_data, replay))
 
 
 def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
@@ -131,7 +135,7 @@ def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
         whole = Pretraining(start.task, module, choose(config.objective, config.set), steps=config.steps)
         mixture = mix(config, start.task, start.data, start.replay, config.seed, labels=whole.trains_heads)
         index = mixture.labelled(config.labels, config.label_seed)
-        batches = PretrainingBatches(start.task, mixture, config, tuple(whole.each().values()), index)
+        batches = PretrainingBatches(start.task, mixture, config, index, tuple(whole.each().values()))
         curve = ProbeCurve.of(start.task, start.data, module, every=config.probe_every, steps=config.steps,
                               folder=draft.path("work/probes"))
         job = Job("teacher", whole, batches, losses=lambda model, batch: model(batch),
@@ -150,7 +154,8 @@ def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
                 curve.write(draft)
             draft.write_json("metrics.json", {
                 "params": num_parameters(module), "objective": whole.weights,
-                **(_supervision(len(mixture.samples), index) if whole.trains_heads else {}),
+                **({"teacher_data": start.elsewhere} if start.elsewhere else {}),
+                **({"labels": _supervision(mixture, index)} if whole.trains_heads else {}),
                 **(write_scores(draft, _logits(module, start.task, config), start.task, start.data) if heads else {}),
             })
 
@@ -159,6 +164,6 @@ def _logits(module: nn.Module, task: Task, config: TeacherConfig) -> Any:
     return TeacherView(module, task.io, (), config.precision).logits
 
 
-def _supervision(total: int, index: Index | None) -> dict[str, Any]:
-    used = total if index is None else len(index)
-    return {"labels": {"fraction": round(used / total, 6), "samples": used, "of": total}}
+def _supervision(mixture: Mixture, index: Index | None) -> dict[str, Any]:
+    found = mixture.supervision(index)
+    return {"fraction": round(found["samples"] / found["of"], 6), **found}

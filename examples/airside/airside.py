@@ -92,7 +92,7 @@ class Chapter:
         self.run("teacher", "train", "--data", out / "road", "--out", out / "base", "--steps", size.base,
                  *size.teacher.split(), *size.training.split())
         self.run("teacher", "adapt", "--teacher", out / "base", "--data", out / "airside",
-                 "--replay-data", out / "road", "--source-data", out / "road", "--out", out / "adapter",
+                 "--replay", out / "road", "--source-data", out / "road", "--out", out / "adapter",
                  "--steps", size.adapt, *LORA.split(), *size.training.split())
         self.run("teacher", "merge", "--teacher", out / "base", "--adapter", out / "adapter", "--out", out / "adapted")
         self.compare("adapted", "base", "teachers", expect=None)  # to be told, not to be stopped

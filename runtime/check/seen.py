@@ -6,15 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.data.format import Dataset
-from fmdeploy.evaluate.gates import Result, Row
-from fmdeploy.manifest import Parent
+from fmdeploy.evaluate.gates import Result, Row, not_measured
+from fmdeploy.manifest import Kind, Parent
 
 NAME = "evaluation samples seen in training or calibration"
 TRAINING = "train"
+JOIN = "data join"  # leaves every sequence in its split
 
 
 def seen_row(bundle: Artifact, data: Dataset, ids: Sequence[str]) -> Row:
     """Return a row that fails when samples of the evaluation calibrated or trained what is in the bundle.
+
+    Where the bundle was made from another division of the same recordings, nobody can say: manifests name datasets, not
+    samples. That is not measured.
 
     Args:
         bundle: A BUNDLE; its calibration.json names samples, its lineage names datasets.
@@ -25,6 +29,9 @@ def seen_row(bundle: Artifact, data: Dataset, ids: Sequence[str]) -> Row:
     trained = set(ids) & set(_training_samples(bundle, data, ids))
     reasons = [f"{len(samples)} samples are of the {what}, such as {min(samples)}"
                for what, samples in (("calibration set", calibrated), ("training split", trained)) if samples]
+    if not reasons and (others := _other_divisions(bundle, data)):
+        reason = f"it was made from dataset {others[0][:12]}, another split of the same recordings"
+        return not_measured(NAME, reason, limit=0.0, unit="samples", n_samples=len(ids))
     result = Result.FAIL if reasons else Result.PASS
     return Row(NAME, result, float(len(calibrated | trained)), 0.0, "samples", n_samples=len(ids),
                reason="; ".join(reasons))
@@ -40,6 +47,31 @@ def _training_samples(bundle: Artifact, data: Dataset, ids: Sequence[str]) -> li
         return []
     sequences = set(data.splits.get(TRAINING, ()))
     return [name for name in ids if (name.rpartition("/")[0] or name) in sequences]
+
+
+def _other_divisions(bundle: Artifact, data: Dataset) -> list[str]:
+    """Digests of datasets behind the bundle that divide recordings of `data` in another way."""
+    own = {part.digest: _family(part) for part in _parts(data.artifact.parent())}
+    family = {digest for each in own.values() for digest in each}
+    return [part.digest for part in _datasets(bundle.inputs) if part.digest not in own and family & _family(part)]
+
+
+def _datasets(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
+    """The datasets that something read, not those that they were made from."""
+    for parent in inputs.values():
+        yield from _parts(parent) if parent.kind is Kind.DATASET else _datasets(parent.inputs)
+
+
+def _parts(dataset: Parent) -> Iterator[Parent]:
+    """Itself, or what was joined in it."""
+    if dataset.stage != JOIN:
+        yield dataset
+    for part in dataset.inputs.values() if dataset.stage == JOIN else ():
+        yield from _parts(part)
+
+
+def _family(dataset: Parent) -> set[str]:
+    return {dataset.digest, *(parent.digest for parent in lineage(dataset.inputs))}
 
 
 def lineage(inputs: Mapping[str, Parent]) -> Iterator[Parent]:

@@ -31,7 +31,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "data": {
         "record": Verb("fmdeploy.data.record:record", "Record driving scenes from highway-env."),
         "import": Verb("fmdeploy.data.importing.stage:import_data", "Import nuScenes, images, WebDataset or MCAP."),
-        "split": Verb("fmdeploy.data.split:split", "Split a dataset by sequence and seed."),
+        "split": Verb("fmdeploy.data.split:split", "Divide a dataset anew: by seed, route, date, place, map."),
         "join": Verb("fmdeploy.data.join:join", "Several datasets in one, each sequence in its split."),
         "audit": Verb("fmdeploy.data.audit:audit", "Find leakage between splits; exit 1 where there is any."),
         "info": Verb("fmdeploy.data.info:info", "Count what a dataset holds."),
@@ -199,10 +199,14 @@ UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.E
 
 def report_error(error: Exception) -> int:
     """Print one line for a user's error, a traceback for a bug; return the exit code."""
-    from fmdeploy.errors import FmdeployError, InputError
+    from fmdeploy.errors import FmdeployError, InputError, NoSpaceError
+    from fmdeploy.files import is_no_space
 
     if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE_PATH:
         error = InputError(f"{error.strerror}".lower(), where=error.filename, fix="Check the path and its permissions")
+    elif not isinstance(error, FmdeployError) and is_no_space(error):  # no artifact: a page, a list, scratch files
+        error = NoSpaceError("the disk is full", where=getattr(error, "filename", None),
+                             fix="Free some space, also where temporary files lie")
     if isinstance(error, FmdeployError) and error.exit_code != 4:
         print(f"fmdeploy: {error}", file=sys.stderr)
         return error.exit_code

@@ -87,7 +87,7 @@ def validate(model: type[ModelT], values: Mapping[str, Any], *, where: object) -
     """
     try:
         text = json.dumps(dict(values), default=_jsonable)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # not a mapping at all, or values that JSON does not have
         raise ConfigError(f"holds a value that no configuration can hold: {error}", where=where) from error
     try:
         return model.model_validate_json(text, strict=True)

@@ -6,7 +6,6 @@ finds its own scratch folder again when stage, configuration and inputs are the 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -24,6 +23,7 @@ from fmdeploy.artifact import Artifact, entry_of, open_artifact, payload_files
 from fmdeploy.config import StageConfig
 from fmdeploy.environment import describe_environment
 from fmdeploy.errors import ArtifactError, NoSpaceError
+from fmdeploy.files import is_no_space
 from fmdeploy.manifest import MANIFEST_NAME, SCHEMA_VERSION, Kind, Manifest, Parent, read_manifest, request_key
 from fmdeploy.progress import say
 
@@ -128,9 +128,9 @@ def _lead(
         if (done := _finished(out, blank.kind, key)) is not None:  # another process wrote it since we looked
             shutil.rmtree(scratch, ignore_errors=True)
             return done
-        _adopt(scratch, key, resumable)
         draft = Draft(scratch)
         try:
+            _adopt(scratch, key, resumable)
             build(draft)
             _seal(draft, blank, out, round(time.monotonic() - started, 3))
         except BaseException as error:
@@ -147,7 +147,7 @@ def _abandon(scratch: Path, out: Path, error: BaseException, resumable: bool) ->
     """
     if not (resumable and payload_files(scratch) - {KEY_NAME}):
         shutil.rmtree(scratch, ignore_errors=True)
-    if _is_no_space(error):
+    if is_no_space(error):
         raise NoSpaceError("the disk is full; nothing that opens was left behind", where=out.parent,
                            fix="Free some space and run the same command again") from error
 
@@ -252,14 +252,3 @@ def _follow(out: Path, kind: Kind, key: str, build: Callable[[Draft], None]) -> 
     if (found := _finished(out, kind, key)) is not None:
         return found
     raise ArtifactError("the main process did not finish the artifact", where=out)
-
-
-def _is_no_space(error: BaseException | None) -> bool:
-    """Whether a full disk is behind `error`; safetensors and tar writers wrap the OSError in their own."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -110,6 +110,11 @@ def request_key(kind: Kind, stage: str, config: dict[str, Any], inputs: dict[str
     return _sha256({"kind": kind.value, "stage": stage, "config": config, "inputs": roles})
 
 
+def numbered_role(role: str, number: int) -> str:
+    """Role of the artifact `number` (from 0) of several: `teacher`, `teacher2`, `teacher3` and so on."""
+    return f"{role}{number + 1}" if number else role
+
+
 def unusable_name(name: str) -> str:
     """Why `name` cannot name a payload file; empty where it can."""
     path = PurePosixPath(name)

@@ -24,13 +24,17 @@ def source_digest(name: str) -> str | None:
         return None
     if scheme == "hf":
         folder = Path(rest)
-        return _digest(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
-                       ) if folder.is_dir() else None
+        return _digest(hugging_face_files(folder)) if folder.is_dir() else None
     try:
         spec = importlib.util.find_spec(scheme)
     except (ImportError, ValueError):
         return None
     return _digest([Path(spec.origin)]) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
+
+
+def hugging_face_files(folder: Path) -> list[Path]:
+    """What is read of a Hugging Face folder: configuration and weights."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
 
 
 def _digest(files: Iterable[Path]) -> str:

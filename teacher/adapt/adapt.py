@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,26 +10,26 @@ import torch
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import command
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.trained_on import check_training_data
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError
 from fmdeploy.evaluate.evaluation import Predict
 from fmdeploy.manifest import Kind
 from fmdeploy.models import num_parameters
 from fmdeploy.models.saved import LoadedModel, load_model
-from fmdeploy.task import Samples
 from fmdeploy.teacher.adapt.config import AdaptConfig
 from fmdeploy.teacher.adapt.effect import Effect, measure_effect
 from fmdeploy.teacher.adapt.methods import Plan, apply_plan
 from fmdeploy.teacher.adapt.store import AdapterRecipe, save_adapter
-from fmdeploy.teacher.adapt.training import Adaptation, TwoDomains
+from fmdeploy.teacher.adapt.training import Adaptation
 from fmdeploy.teacher.scores import write_curve, write_scores
 from fmdeploy.teacher.view import TeacherView
+from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import Precision
 from fmdeploy.training.device import resolve_precision, together
-from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.log import parse_log
 from fmdeploy.training.loop import Job, fit
-from fmdeploy.training.mixture.options import open_replay
+from fmdeploy.training.mixture.options import mix, open_replay, replay_inputs
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Start:
 
     teacher: Artifact
     data: Dataset
-    replay: Dataset | None
     source: Dataset | None
+    replay: tuple[Dataset, ...] = ()
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    """Other datasets that the teacher was trained on, and whether they were compared with the held-out splits."""
 
     def inputs(self) -> dict[str, Artifact]:
         """Roles of the artifacts, for the manifest."""
-        given = {"data": self.data, "replay_data": self.replay, "source_data": self.source}
-        return {"teacher": self.teacher, **{role: data.artifact for role, data in given.items() if data is not None}}
+        found = {"teacher": self.teacher, "data": self.data.artifact, **replay_inputs(self.replay)}
+        return found | ({"source_data": self.source.artifact} if self.source is not None else {})
 
 
 @command(AdaptConfig)
@@ -55,16 +57,22 @@ def adapt(config: AdaptConfig) -> Artifact:
         ArtifactError: an input is not what it should be, or something else is at `out`.
         ConfigError: the teacher has nothing that this method could train.
         DivergedError: the loss became NaN.
+        LeakageError: an old domain, or what the teacher was trained on, holds what the adapter is judged on.
     """
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
-    data = open_dataset(config.data)
-    replay = open_replay((config.replay_data,), data)[0] if config.replay_data else None
-    start = Start(open_artifact(config.teacher, Kind.TEACHER), data, replay,
-                  open_dataset(config.source_data) if config.source_data else None)
+    start = _start(config)
     return produce(
         config.out, Kind.ADAPTER, stage="teacher adapt", config=config, inputs=start.inputs(),
         build=lambda draft: _build(draft, config, start), resumable=True,
     )
+
+
+def _start(config: AdaptConfig) -> Start:
+    teacher, data = open_artifact(config.teacher, Kind.TEACHER), open_dataset(config.data)
+    replay = open_replay(config.replay, data)
+    source = open_dataset(config.source_data) if config.source_data else None
+    given = [*replay, *([source] if source is not None else [])]
+    return Start(teacher, data, source, replay, check_training_data([teacher], data, config.teacher_data, given))
 
 
 def _build(draft: Draft, config: AdaptConfig, start: Start) -> None:
@@ -89,7 +97,8 @@ def _build(draft: Draft, config: AdaptConfig, start: Start) -> None:
             predict = predict_with(loaded, config.precision)
             draft.write_json("metrics.json", {
                 "method": config.method, "trained": trained, "params": size, "share": trained / size,
-                "labels": {"samples": _used(batches), "of": len(batches.samples)},
+                "labels": batches.mixture.supervision(batches.index),
+                **({"teacher_data": start.elsewhere} if start.elsewhere else {}),
                 **write_scores(draft, predict, loaded.task, start.data),
                 **_effects(draft, config, start, predict),
             })
@@ -112,15 +121,9 @@ def _heads_are_of_use(config: AdaptConfig, loaded: LoadedModel) -> bool:
     return True
 
 
-def _batches(config: AdaptConfig, start: Start, loaded: LoadedModel) -> TwoDomains:
-    samples: Samples = loaded.task.samples(start.data, "train")
-    index = labelled_index(samples, config.labels, config.label_seed) if config.labels < 1 else None
-    replay = loaded.task.samples(start.replay, "train") if start.replay is not None else None
-    return TwoDomains(loaded.task, samples, config, index, replay, config.replayed())
-
-
-def _used(batches: TwoDomains) -> int:
-    return len(batches.samples) if batches.index is None else len(batches.index)
+def _batches(config: AdaptConfig, start: Start, loaded: LoadedModel) -> SupervisedBatches:
+    mixture = mix(config, loaded.task, start.data, start.replay, config.seed)
+    return SupervisedBatches(loaded.task, mixture, config, mixture.labelled(config.labels, config.label_seed))
 
 
 def _effects(draft: Draft, config: AdaptConfig, start: Start, predict: Predict) -> dict[str, Any]:

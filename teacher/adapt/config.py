@@ -7,7 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fmdeploy.config import InputPath, OutputPath
+from fmdeploy.data.trained_on import TrainedOnConfig
 from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.mixture.options import MixtureConfig
 
 Method = Literal["lora", "adapter", "prompt", "bias-norm", "head"]
 Also = Literal["bias-norm", "head"]
@@ -20,7 +22,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-class AdaptConfig(TrainingConfig):
+class AdaptConfig(TrainedOnConfig, MixtureConfig, TrainingConfig):
     """How the teacher is adapted. Options that are not given have the defaults of their method."""
 
     teacher: InputPath = Field(description="TEACHER that stays as it is")
@@ -38,8 +40,6 @@ class AdaptConfig(TrainingConfig):
     deep: bool | None = Field(default=None, description="prompt: others before every block [default: yes]")
     labels: float = Field(default=1.0, gt=0, le=1, description="share of the train simulations whose labels are used")
     label_seed: int = Field(default=0, ge=0, description="which simulations those are")
-    replay_data: InputPath | None = Field(default=None, description="DATASET of the old domain to rehearse")
-    replay_share: float | None = Field(default=None, gt=0, lt=1, description="of each batch [default: 0.25]")
     source_data: InputPath | None = Field(default=None, description="DATASET of the old domain to measure the fall on")
 
     @model_validator(mode="after")
@@ -50,8 +50,6 @@ class AdaptConfig(TrainingConfig):
             raise ValueError(f"{strange[0]} is no option of the method {self.method}")
         if self.method in self.also or len(set(self.also)) != len(self.also):
             raise ValueError(f"{', '.join((self.method, *self.also))} repeats")
-        if self.replay_share is not None and self.replay_data is None:
-            raise ValueError("replay_share needs replay_data")
         return self
 
     def options(self) -> dict[str, Any]:
@@ -59,13 +57,7 @@ class AdaptConfig(TrainingConfig):
         given = {key: getattr(self, key) for key in DEFAULTS[self.method]}
         return {key: DEFAULTS[self.method][key] if value is None else value for key, value in given.items()}
 
-    def replayed(self) -> float:
-        """Share of each batch that comes from the old domain."""
-        if self.replay_data is None:
-            return 0.0
-        return 0.25 if self.replay_share is None else self.replay_share
-
     def resolved(self) -> dict[str, Any]:
         """With the method's own options spelled out."""
-        spelled = {**self.options(), "replay_share": self.replayed()}
-        return {**super().resolved(), **{k: list(v) if isinstance(v, tuple) else v for k, v in spelled.items()}}
+        spelled = {key: list(value) if isinstance(value, tuple) else value for key, value in self.options().items()}
+        return {**super().resolved(), **spelled}

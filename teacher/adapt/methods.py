@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from fmdeploy.config import validate
 from fmdeploy.errors import ConfigError
 from fmdeploy.models.additions import Addition, add
 from fmdeploy.models.saved import LoadedModel
@@ -53,7 +54,8 @@ def apply_plan(loaded: LoadedModel, plan: Plan) -> list[str]:
     if plan.method == "lora":
         add_lora(teacher, **plan.options)
     elif plan.method in ("adapter", "prompt"):
-        add(teacher, [Addition(kind="adapter" if plan.method == "adapter" else "prompt", options=plan.options)])
+        what = {"kind": plan.method, "options": plan.options}
+        add(teacher, [validate(Addition, what, where=f"method {plan.method}")])
         for name, parameter in teacher.named_parameters():
             parameter.requires_grad_(name not in before)
     else:

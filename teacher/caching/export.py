@@ -27,7 +27,7 @@ from fmdeploy.command import Outcome, command
 from fmdeploy.config import InputPath, OutputPath, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.errors import ArtifactError, DataError
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import Kind, numbered_role
 from fmdeploy.progress import progress
 from fmdeploy.task import Array, Arrays, Samples, load_task
 from fmdeploy.teacher.caching.index import read_index
@@ -92,7 +92,7 @@ def _source(config: ExportConfig, features: Artifact, data: Dataset) -> Source:
     if bad := [name for name in samples.ids if "." in name]:
         raise DataError("this name cannot be a WebDataset key, which ends at the first dot", where=data.artifact.root,
                         found=bad[0])
-    readers = {f"teacher{number + 1 if number else ''}": CacheReader.open(
+    readers = {numbered_role("teacher", number): CacheReader.open(
         features, teacher=cache.address.teacher, data=data.digest, split=split, samples=samples,
         preprocessing=task.io.digest) for number, cache in enumerate(caches)}
     return Source(samples, readers, split)

@@ -40,11 +40,13 @@ class Address(_Frozen):
     precision: str
     batch: int
     per_shard: int = Field(ge=1)
+    task_source: str | None = None
+    """Hash of the code of a user's own task; None for a built-in one, whose caches keep the keys that they had."""
 
     @property
     def key(self) -> str:
         """Name of the cache's folder: the first 16 hex digits of the hash of the address."""
-        return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()[:16]
+        return hashlib.sha256(canonical(self.model_dump(mode="json", exclude_none=True))).hexdigest()[:16]
 
 
 class Stored(_Frozen):

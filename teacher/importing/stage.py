@@ -24,7 +24,7 @@ from fmdeploy.models import num_parameters
 from fmdeploy.models.imported import ImportedTeacher, family_of, imported_teacher
 from fmdeploy.models.saved import LoadedModel, Recipe, save_model
 from fmdeploy.models.tokens import TokenBackbone
-from fmdeploy.provenance import source_digest
+from fmdeploy.provenance import hugging_face_files, source_digest
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.adapt.adapt import predict_with
 from fmdeploy.teacher.importing.checkpoint import GIB, read_checkpoint
@@ -56,7 +56,7 @@ class ImportConfig(StageConfig):
     partial: bool = Field(default=False, description="take what fits; what does not is recorded in metrics.json")
     data: InputPath | None = Field(default=None, description="DATASET to evaluate on, where the outputs came along")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights that do not come from the source")
-    max_gib: Annotated[float, RunOnly()] = Field(default=4.0, gt=0, description="largest checkpoint that is read")
+    max_gib: Annotated[float, RunOnly()] = Field(default=4.0, gt=0, description="largest file or folder that is read")
     seconds: Annotated[float, RunOnly()] = Field(default=120.0, gt=0, description="longest that reading may take")
 
     @model_validator(mode="after")
@@ -98,6 +98,7 @@ def import_teacher(config: ImportConfig) -> Artifact:
     task = load_task(config.task)
     data = open_dataset(config.data) if config.data is not None else None
     _refuse_odd(config.source)
+    _refuse_large(config.source, int(config.max_gib * GIB))
     return produce(config.out, Kind.TEACHER, stage="teacher import", config=config,
                    inputs={"data": data.artifact} if data is not None else {},
                    build=lambda draft: _build(draft, config, task, data))
@@ -193,6 +194,19 @@ def _refuse_odd(path: Path) -> None:
         raise ModelFileError("no such file or folder", where=path, fix="Check the path")
     if not (path.is_dir() or path.is_file()):
         raise ModelFileError("is not a regular file", where=path)
+
+
+def _refuse_large(path: Path, max_bytes: int) -> None:
+    """Before any of it is hashed or read.
+
+    Raises:
+        ModelFileError: the file, or what is read of the folder, is larger than `max_bytes`.
+    """
+    files = hugging_face_files(path) if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if size > max_bytes:
+        raise ModelFileError("is too large", where=path, expected=f"at most {max_bytes} bytes", found=size,
+                             fix="Allow more with --max-gib")
 
 
 def digest_of(path: Path) -> str | None:

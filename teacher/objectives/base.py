@@ -13,13 +13,12 @@ from numpy.random import Generator
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fmdeploy.errors import InputError
 from fmdeploy.task import Arrays, Samples, Task
-from fmdeploy.training.loop import Losses, Tensors
+from fmdeploy.training.loop import Losses, StoppedError, Tensors
 from fmdeploy.training.sampler import Index
 
 
-class CollapsedError(InputError):
+class CollapsedError(StoppedError):
     """The representation lost its variety: every input gets nearly the same features.
 
     Attributes:
@@ -99,3 +98,10 @@ class Objective(nn.Module, ABC):
             CollapsedError: the run is not worth going on with.
         """
         return {}
+
+    def changes(self) -> Sequence[int]:
+        """Steps, counted from 0, from which on a step is other work than before: for plans. Default: none."""
+        return ()
+
+    def look_ahead(self, step: int) -> None:
+        """Do from now on the work of step `step`, without having been trained: for plans. Default: all are alike."""

@@ -82,6 +82,9 @@ class CollapseMonitor(nn.Module):
         if seen and (step == 0 or (step + 1) % self.config.watch_every == 0):
             self.last_2.copy_(torch.stack(spread(seen)))
             self._judge(step)
+        return self._newest()
+
+    def _newest(self) -> dict[str, Tensor]:
         return {"feature_std": self.last_2[0].clone(), "effective_rank": self.last_2[1].clone()}
 
     def _judge(self, step: int) -> None:
@@ -95,6 +98,7 @@ class CollapseMonitor(nn.Module):
                 f"the representation has collapsed at step {step}: every input gets nearly the same features",
                 expected=f"feature_std >= {self.config.min_std:g} and effective_rank >= {self.config.min_rank:g}",
                 found=f"{std:.4f} and {rank:.2f}, {int(self.strikes)} looks in a row", fix=self.advice,
+                seen=self._newest(),
             )
             error.healthy_steps = int(self.healthy)
             raise error

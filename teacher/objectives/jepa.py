@@ -28,6 +28,7 @@ from fmdeploy.teacher.objectives.collapse import CollapseConfig, CollapseMonitor
 from fmdeploy.teacher.objectives.masking import Index, arrays_of, block_masks, context_size
 from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, places, rows_at
 from fmdeploy.training.distributed import sum_over_ranks
+from fmdeploy.training.ema import follow
 from fmdeploy.training.loop import Losses, Tensors
 
 KIND = "jepa"
@@ -116,8 +117,10 @@ class Jepa(Objective):
 
     @torch.no_grad()
     def after_step(self, teacher: nn.Module, step: int) -> Mapping[str, Tensor]:
-        """Move the target towards the backbone, and look whether it still tells inputs apart."""
-        follow(self.target, backbone_of(teacher, where=self.name), self.decay_at(step))
+        """Move the target's parameters towards the backbone's, and look whether it still tells inputs apart."""
+        ours, theirs = ({**dict(module.named_parameters()), **dict(module.named_buffers())}
+                        for module in (self.target, backbone_of(teacher, where=self.name)))
+        follow(ours, theirs, self.decay_at(step), dict(self.target.named_parameters()))
         return self.monitor.report(step)
 
 
@@ -132,11 +135,3 @@ def standardised(tokens_BND: Tensor) -> Tensor:
     mean_ND = sum_over_ranks(tokens_BND.sum(0)) / count
     centred_BND = tokens_BND - mean_ND * (count > 1)
     return F.layer_norm(centred_BND, tokens_BND.shape[-1:])
-
-
-@torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """Move target ← decay · target + (1 - decay) · source, for parameters; buffers are copied."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
-    for mine, theirs in zip(target.buffers(), source.buffers(), strict=True):
-        mine.copy_(theirs)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,11 +16,9 @@ from fmdeploy.models.tokens import backbone_of
 from fmdeploy.task import Task
 from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.registry import Choice
-from fmdeploy.training.batches import mirrored
-from fmdeploy.training.config import TrainingConfig
-from fmdeploy.training.loop import Batch, Losses, Tensors
-from fmdeploy.training.mixture.options import WEIGHT, Mixture
-from fmdeploy.training.sampler import Index, Sampler, mirror_mask, my_part
+from fmdeploy.training.batches import SupervisedBatches
+from fmdeploy.training.loop import Batch, Losses, StoppedError, Tensors
+from fmdeploy.training.sampler import my_part
 
 OBJECTIVE_STREAM = 0x6F62
 
@@ -67,17 +64,22 @@ class Pretraining(nn.Module):
         found: Losses = {}
         for name, objective in self.each().items():
             for part, value in objective.losses(self.teacher, batch).items():
-                key = part if len(self.weights) == 1 else f"{name}.{part}"
-                found[key] = value.float() * self.weights[name]
+                found |= self._named(name, {part: value.float() * self.weights[name]})
         return found
 
     def after_step(self, step: int) -> dict[str, Tensor]:
         """Let every objective do what follows an optimiser step; what it wants to see in the log."""
         found: dict[str, Tensor] = {}
         for name, objective in self.each().items():
-            for key, value in objective.after_step(self.teacher, step).items():
-                found[key if len(self.weights) == 1 else f"{name}.{key}"] = value
+            try:
+                found |= self._named(name, objective.after_step(self.teacher, step))
+            except StoppedError as error:
+                error.seen = found | self._named(name, error.seen)
+                raise
         return found
+
+    def _named(self, name: str, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key if len(self.weights) == 1 else f"{name}.{key}": value for key, value in seen.items()}
 
     def release(self) -> None:
         """Let the heads want gradients again."""
@@ -86,45 +88,26 @@ class Pretraining(nn.Module):
 
 
 @dataclass(frozen=True)
-class PretrainingBatches:
+class PretrainingBatches(SupervisedBatches):
     """One process's share of a step: `inputs`, `targets`, and what the objectives add.
 
     Attributes:
-        task: Knows how to mirror.
-        mixture: The training samples, and how often each is seen.
-        config: Batch size, parts, seed and whether to mirror.
         objectives: Asked for more arrays.
-        index: Numbers of the samples that may be used; None: all.
     """
 
-    task: Task
-    mixture: Mixture
-    config: TrainingConfig
-    objectives: Sequence[Objective]
-    index: Index | None = None
-
-    @cached_property
-    def sampler(self) -> Sampler:
-        """The order of the samples."""
-        return self.mixture.sampler(self.config.batch, self.config.seed, self.index)
+    objectives: Sequence[Objective] = ()
 
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
-        config = self.config
-        chosen = my_part(self.sampler.index(step), part, config.accumulation)
-        mask = my_part(mirror_mask(config.batch, seed=config.seed, step=step), part, config.accumulation)
-        inputs, targets = self.mixture.samples.batch(chosen)
-        if (weights := self.mixture.weights(chosen, self.index)) is not None:
-            targets = {**targets, WEIGHT: weights}
-        batch: Batch = {"inputs": inputs, "targets": targets}
-        fixed: Batch = {}
+        chosen = self.chosen(step, part)
+        batch, fixed = self.read(chosen), Batch()
         for objective, rngs in self._draws(step, part):
             for kind, arrays in objective.arrays(self.mixture.samples, chosen, rngs).items():
                 target = fixed if kind in objective.unmirrored else batch
                 if kind in batch or kind in fixed:
                     raise ConfigError("two objectives make the same kind of array", where=objective.name, found=kind)
                 target[kind] = dict(arrays)
-        return {**(mirrored(self.task, batch, mask) if config.mirror else batch), **fixed}
+        return {**self.mirrored(batch, step, part), **fixed}
 
     def _draws(self, step: int, part: int) -> list[tuple[Objective, list[np.random.Generator]]]:
         """For each objective one generator a sample of this share."""

@@ -53,6 +53,17 @@ def choose(wanted: Sequence[str], settings: Sequence[str]) -> tuple[Choice, ...]
     return tuple(found)
 
 
+def refuse_sharding(choices: Sequence[Choice]) -> None:
+    """Refuse objectives that cannot be trained in shares.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    if whole := [choice.kind.name for choice in choices if not choice.kind.shardable]:
+        raise ConfigError(f"the objective {whole[0]} needs its whole network in each process", where="sharding",
+                          found="fsdp", fix="Leave --sharding out")
+
+
 def kind_of(name: str) -> type[Objective]:
     """The class of the objective `name`.
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmdeploy.training.ema import floating, follow
+
 
 class MovingCopy(nn.Module):
     """An exponential moving average of a module, in evaluation mode and without gradients.
@@ -34,17 +36,10 @@ class MovingCopy(nn.Module):
         """What the average makes of `inputs`, without gradient."""
         return self.module(*inputs)
 
-    @torch.no_grad()
     def follow(self, source: nn.Module, keep: float) -> None:
-        """Move by `1 - keep` of the way to `source`; counters are copied (arXiv:1911.05722, equation 2)."""
-        mine, theirs = [], []
-        for value, new in zip(self.module.state_dict().values(), source.state_dict().values(), strict=True):
-            if value.is_floating_point():
-                mine.append(value)
-                theirs.append(new.detach())
-            else:
-                value.copy_(new)
-        torch._foreach_lerp_(mine, theirs, 1 - keep)
+        """Move by `1 - keep` of the way to `source`; counters are copied."""
+        state = self.module.state_dict()
+        follow(state, source.state_dict(), keep, floating(state))
 
 
 def rising(start: float, end: float, step: int, steps: int) -> float:

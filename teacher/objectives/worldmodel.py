@@ -185,6 +185,14 @@ class WorldModel(Objective):
         return {"perplexity": perplexity(self.vae.book.count_K), "restarted": torch.zeros_like(right),
                 "code_accuracy": right}
 
+    def changes(self) -> Sequence[int]:
+        """The tokeniser comes first, then the predictor and the backbone."""
+        return (self.first_steps,)
+
+    def look_ahead(self, step: int) -> None:
+        """See `Objective.look_ahead`."""
+        self.done.fill_(step)
+
     def tokens(self, teacher: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The backbone's tokens (B, 1 + N, D) of a batch's inputs."""
         backbone = backbone_of(teacher, where=f"task {self.task.name}")

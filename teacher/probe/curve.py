@@ -26,7 +26,7 @@ from fmdeploy.teacher.probe.base import Bench, Subject, View
 from fmdeploy.teacher.probe.features import features_of
 from fmdeploy.teacher.probe.ladder import measured
 from fmdeploy.teacher.probe.registry import rungs_of
-from fmdeploy.teacher.probe.view import SplitChoice
+from fmdeploy.teacher.probe.view import NotMeasuredError, SplitChoice
 from fmdeploy.training.distributed import world
 
 NAME = "probes.json"
@@ -43,12 +43,18 @@ class ValHalves(SplitChoice):
         return super().samples("train" if split == "train" else "val")
 
     def index(self, split: str) -> Array:
-        """Numbers of the chosen samples."""
+        """Numbers of the chosen samples.
+
+        Raises:
+            NotMeasuredError: val has one simulation, which chooses, and none is left to judge.
+        """
         if split == "train":
             return super().index(split)
         groups = np.asarray(self.samples(split).groups)
         number = np.unique(groups, return_inverse=True)[1] % 2
         found = np.flatnonzero(number == (split == "test"))
+        if not len(found):
+            raise NotMeasuredError("val has one simulation: none is left to judge by")
         drawn = np.random.default_rng(self.seed).permutation(found)[: self.limits[split]]
         return np.sort(drawn)
 

@@ -21,7 +21,8 @@ from fmdeploy.teacher.probe.base import Bench, Judged, NotMeasuredError, Statist
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.labelled import labelled_index
-from fmdeploy.training.loop import Job, Losses, Tensors, fit
+from fmdeploy.training.loop import DivergedError, Job, Losses, Tensors, fit
+from fmdeploy.training.mixture.options import Mixture
 
 RATE, BATCH = 1e-3, 16
 
@@ -51,7 +52,7 @@ def fine_tuned(view: View, labelled: Subset, bench: Bench) -> torch.nn.Module:
     """A copy of the network after supervised steps on `labelled`.
 
     Raises:
-        NotMeasuredError: it cannot be trained as it is.
+        NotMeasuredError: it cannot be trained as it is, or diverges.
     """
     if view.subject.module is None or not view.subject.can_train:
         raise NotMeasuredError("cannot be fine-tuned as it is: give the TEACHER or STUDENT that it was made from")
@@ -64,9 +65,12 @@ def fine_tuned(view: View, labelled: Subset, bench: Bench) -> torch.nn.Module:
     config = TrainingConfig(steps=bench.few_shot_steps, batch=BATCH, lr=RATE, seed=bench.seed, precision="fp32",
                             checkpoint_every=bench.few_shot_steps)
     with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder)
-        fit(Job(f"few-shot, {view.subject.name}", module, SupervisedBatches(task, labelled, config), losses,
-                folder=where / "checkpoints", log=where / "log.jsonl"), config)
+        where, batches = Path(folder), SupervisedBatches(task, Mixture(labelled), config)
+        try:
+            fit(Job(f"few-shot, {view.subject.name}", module, batches, losses, folder=where / "checkpoints",
+                    log=where / "log.jsonl", told=False), config)
+        except DivergedError as error:
+            raise NotMeasuredError(f"fine-tuning diverged: {error.what}") from error
     return module.eval()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from fmdeploy.teacher.probe.base import View
-from fmdeploy.teacher.probe.classes import ClassRung, Labels
+from fmdeploy.teacher.probe.classes import ClassRung, Labels, told
 from fmdeploy.teacher.probe.pooled import standardised
 
 NEIGHBOURS = (20, 10, 50, 5)  # DINO's own first: it wins where val cannot tell
@@ -41,9 +41,10 @@ class Knn(ClassRung):
     def answer(self, view: View, labels: Labels, classes: int) -> tuple[Tensor, dict[str, Any]]:
         """See `ClassRung.answer`."""
         x = {split: normalize(standardised(view, split), dim=1) for split in labels}
+        train, val = told(x["train"], labels["train"]), told(x["val"], labels["val"])
 
-        def voted(split: str, k: int) -> Tensor:
-            return votes(x[split], x["train"], labels["train"], classes, k)
+        def worth(k: int) -> float:
+            return float((votes(val[0], *train, classes, k).argmax(1) == val[1]).double().mean())
 
-        best = max(NEIGHBOURS, key=lambda k: float((voted("val", k).argmax(1) == labels["val"]).double().mean()))
-        return voted("test", best), {"k": best}
+        best = max(NEIGHBOURS, key=worth)
+        return votes(x["test"], *train, classes, best), {"k": best}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fmdeploy.teacher.probe.base import View
-from fmdeploy.teacher.probe.classes import ClassRung, Labels
+from fmdeploy.teacher.probe.classes import ClassRung, Labels, told
 from fmdeploy.teacher.probe.pooled import standardised
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -51,12 +51,12 @@ class Linear(ClassRung):
 
     def answer(self, view: View, labels: Labels, classes: int) -> tuple[Tensor, dict[str, Any]]:
         """See `ClassRung.answer`."""
-        x = {split: standardised(view, split) for split in labels}
-        fitted = {strength: fit_logistic(x["train"], labels["train"], classes, strength) for strength in STRENGTHS}
+        train, val = (told(standardised(view, split), labels[split]) for split in ("train", "val"))
+        fitted = {strength: fit_logistic(*train, classes, strength) for strength in STRENGTHS}
 
         def worth(strength: float) -> tuple[float, float]:
-            said = logits(x["val"], fitted[strength])
-            return float((said.argmax(1) == labels["val"]).double().mean()), -float(cross_entropy(said, labels["val"]))
+            said = logits(val[0], fitted[strength])
+            return float((said.argmax(1) == val[1]).double().mean()), -float(cross_entropy(said, val[1]))
 
         best = max(STRENGTHS, key=worth)
-        return logits(x["test"], fitted[best]), {"strength": best}
+        return logits(standardised(view, "test"), fitted[best]), {"strength": best}

@@ -14,7 +14,10 @@ from fmdeploy.config import validate
 from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.manifest import Kind
 from fmdeploy.models import predictor
+from fmdeploy.models.additions import add
+from fmdeploy.models.factory import make_teacher
 from fmdeploy.models.saved import RECIPE, LoadedModel, Recipe, load_model
+from fmdeploy.models.tokens import TokenBackbone
 from fmdeploy.onnxfile.session import ort_predictor
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.probe.features import features_of
@@ -37,10 +40,13 @@ def open_subject(artifact: Artifact, *, tier: str | None = None, layer: str | No
         layer: Whose map the features are, for networks without a token backbone; default: the task's own choice.
 
     Raises:
-        ConfigError: the BUNDLE has no such tier, or the network no such layer.
+        ConfigError: the BUNDLE has no such tier, or the network no such layer; features do not come from a layer.
         ModelFileError: the weights do not fit.
     """
     if artifact.kind is Kind.BUNDLE:
+        if layer is not None:
+            raise ConfigError("a BUNDLE has outputs only, and no layers", where=artifact.root, found=f"layer {layer!r}",
+                              fix="Leave --layer out, or probe what it was made from")
         return _tier(artifact, tier)
     if tier is not None:
         raise ConfigError("a tier is part of a BUNDLE", where=artifact.root, found=artifact.kind.value)
@@ -63,6 +69,9 @@ def of_module(
     """
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     default = task.teacher_layer if recipe.role == "teacher" else task.student_layer
+    if layer is not None and isinstance(getattr(module, "backbone", None), TokenBackbone):
+        raise ConfigError("the features of a network with a token backbone are its tokens", where=f"layer {layer!r}",
+                          fix="Leave --layer out")
     compute = features_of(module, task.io, default if layer is None else layer)
     if compute is None and layer is not None:
         near = ", ".join(name for name, _ in module.named_modules() if name and "." not in name)
@@ -90,8 +99,10 @@ def fresh_module(task: Task, recipe: Recipe, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if recipe.role == "teacher":
-            return task.teacher(recipe.options)
-        return task.student(recipe.name, recipe.options)
+            module = make_teacher(task, recipe.name, recipe.options)
+        else:
+            module = task.student(recipe.name, recipe.options)
+        return add(module, recipe.added)
 
 
 def _recipe(artifact: Artifact) -> Recipe:

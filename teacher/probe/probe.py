@@ -32,7 +32,8 @@ class ProbeConfig(StageConfig):
         "names, also several with commas; default: all but the few-shot ones. docs/probes.md lists them"))
     check: InputPath | None = Field(default=None, description="CHECK of its bundle, for the deployment rungs")
     tier: str | None = Field(default=None, description="tier of a BUNDLE: int8-cpu or fp32")
-    layer: str | None = Field(default=None, description="whose map the features are, without a token backbone")
+    layer: str | None = Field(default=None, description=(
+        "module whose map is probed, where there is no backbone of tokens; default: the task's choice"))
     random: bool = Field(default=True, description="measure the same architecture at random initialisation beside it")
     train_samples: int = Field(default=1500, ge=1, description="most train samples, drawn by seed")
     val_samples: int = Field(default=600, ge=1, description="most val samples")

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fmdeploy.evaluate.frequency import MIN_GROUPS
+
 HEAD = ("rung", "metric", "value", "interval", "random", "gain", "n")
 NONE = "–"
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lines of a Markdown table; a row that was not measured says why."""
-    lines = [_line(HEAD), _line(["---"] * len(HEAD))]
-    return [*lines, *(_line(_cells(name, row)) for name, row in rows.items())]
+    lines = [_line(HEAD), _line(["---"] * len(HEAD)), *(_line(_cells(name, row)) for name, row in rows.items())]
+    few = [name for name, row in rows.items() if row["low"] is not None and row["groups"] < MIN_GROUPS]
+    if few:
+        lines += ["", f"Intervals from fewer than {MIN_GROUPS} simulations are too narrow: {', '.join(few)}"]
+    return lines
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> list[str]:

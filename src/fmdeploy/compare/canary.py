@@ -1,8 +1,9 @@
 """Canaries: rare safety cases that a candidate may not lose, not one, whatever its average.
 
-A canary file is JSON: {"metric", "floor", "cases": [sample names]}. A case is solved when the metric of that one sample
-is at least `floor` (at most, for errors). A case that was solved and is not any more blocks, unless it is accepted by
-name and with a reason, which both go into the manifest of the CHECK and so into the lineage.
+A canary file is JSON: {"metric", "floor", "cases": [sample names], "data"}. A case is solved when the metric of that
+one sample is at least `floor` (at most, for errors). A case that was solved and is not any more blocks, unless it is
+accepted by name and with a reason, which both go into the manifest of the CHECK and so into the lineage. `data` binds
+the names to their content, `<dataset digest>:<split>`: simulations of one seed have one name in every dataset.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from fmdeploy import strictjson
 from fmdeploy.command import Outcome, command
 from fmdeploy.compare.judged import Judged
 from fmdeploy.config import InputPath, OutputPath, Positional, StageConfig, validate
 from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ConfigError, DataError
-from fmdeploy.evaluate.evaluation import NO_SLICE, Evaluation
+from fmdeploy.evaluate.evaluation import NO_SLICE, Evaluation, data_key
 from fmdeploy.evaluate.gates import Result, Row
 from fmdeploy.files import write_atomically
 from fmdeploy.task import Metric, load_task
@@ -38,17 +40,19 @@ class CanarySet(BaseModel):
     metric: str
     floor: float
     cases: tuple[str, ...] = Field(min_length=1)
+    data: str | None = None
+    """Of which split of which dataset the cases are, as in `Evaluation.data`; None: of whichever has them."""
 
 
 def read_canaries(path: Path) -> CanarySet:
     """Read a canary file.
 
     Raises:
-        DataError: it is not JSON.
+        DataError: it is not strict JSON.
         ConfigError: keys or values are wrong, or a case is named twice.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = strictjson.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"is not JSON: {error}", where=path) from error
     if not isinstance(content, dict):
@@ -84,27 +88,48 @@ def judge_cases(canaries: CanarySet, candidate: Judged, deployed: Judged) -> lis
     """Score every canary on both sides.
 
     Raises:
-        DataError: a case is not among the evaluated samples.
+        DataError: a case is not among the evaluated samples, or among those of several domains.
         ConfigError: the task has no such metric.
     """
     metric = next((m for m in candidate.task.metrics() if m.name == canaries.metric), None)
     if metric is None:
         raise ConfigError("the task has no such metric", where=f"canary metric {canaries.metric!r}",
                           expected=", ".join(m.name for m in candidate.task.metrics()))
-    places = {name: (domain, row) for domain, evaluation in candidate.evaluations.items()
-              for row, name in enumerate(evaluation.ids)}
-    found = []
+    found, rows = [], _rows(canaries, candidate)
     for name in canaries.cases:
-        if name not in places:
-            raise DataError(f"the canary {name} is not among the evaluated samples", where="canary",
-                            fix="Name samples of the split that is compared")
-        domain, row = places[name]
+        domain, row = _place(name, rows)
         old, new = (_score(side.evaluations[domain], metric, row) for side in (deployed, candidate))
         found.append(Case(name, old, new, *(_solved(score, metric, canaries.floor) for score in (old, new))))
     return found
 
 
+def _rows(canaries: CanarySet, side: Judged) -> dict[str, dict[str, int]]:
+    """Domain → sample → its row, of the domains that the canaries may be of."""
+    held = {domain: evaluation for domain, evaluation in side.evaluations.items()
+            if canaries.data in (None, evaluation.data)}
+    if not held:
+        raise DataError("the canaries are of other data than is compared", where="canary", expected=canaries.data,
+                        found=", ".join(evaluation.data for evaluation in side.evaluations.values()),
+                        fix="Compare on that split too, or choose them anew: fmdeploy data canary")
+    return {domain: {name: row for row, name in enumerate(evaluation.ids)} for domain, evaluation in held.items()}
+
+
+def _place(name: str, rows: Mapping[str, Mapping[str, int]]) -> tuple[str, int]:
+    """Domain and row of a case."""
+    domains = [domain for domain, row_of in rows.items() if name in row_of]
+    if not domains:
+        raise DataError(f"the canary {name} is not among the evaluated samples", where="canary",
+                        fix="Name samples of the split that is compared")
+    if len(domains) > 1:
+        raise DataError(f"the canary {name} is a sample of several domains", where="canary", found=", ".join(domains),
+                        fix='Say of which: "data": "<dataset digest>:<split>"')
+    return domains[0], rows[domains[0]][name]
+
+
 def _score(evaluation: Evaluation, metric: Metric, row: int) -> float:
+    if metric.name not in evaluation.stats:
+        raise DataError("the metric of the canaries was not evaluated", where="canary", expected=metric.name,
+                        found=", ".join(evaluation.stats))
     return float(metric.value(evaluation.stats[metric.name][row]))
 
 
@@ -134,7 +159,7 @@ def canary_row(cases: list[Case], accepted: Mapping[str, str]) -> Row:
     shown = "; ".join(f"{name}: {lost[name].old:.3f} -> {lost[name].new:.3f}" for name in blamed[:5])
     note = f"; accepted: {', '.join(sorted(accepted))}" if accepted else ""
     reason = f"of {solved} that were solved: {shown}{note}" if blamed or note else ""
-    return Row(NAME, Result.FAIL if blamed else Result.PASS, float(len(blamed)), 0.0, "cases", n_samples=len(cases),
+    return Row(NAME, Result.FAIL if blamed else Result.PASS, float(len(blamed)), 0.0, "cases", n_samples=solved,
                reason=reason)
 
 
@@ -172,7 +197,8 @@ def canary(config: CanaryConfig) -> Outcome:
     chosen = [row for label in labels for row in _spaced(np.flatnonzero(label_N == label), config.per_label)]
     if not chosen:
         raise DataError(f"no sample of {config.split!r} is a rare case", where=config.data, expected=config.axis)
-    found = {"metric": metric, "floor": config.floor, "cases": [samples.ids[row] for row in chosen]}
+    found = {"metric": metric, "floor": config.floor, "cases": [samples.ids[row] for row in chosen],
+             "data": data_key(data.digest, config.split)}
     write_atomically(config.out, json.dumps(found, indent=1) + "\n")
     return Outcome((f"{len(chosen)} canaries ({', '.join(labels)}) at {config.out}",), found)
 

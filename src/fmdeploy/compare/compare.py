@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.budgets import SLICES, AccuracyBudget
 from fmdeploy.command import Outcome, command
+from fmdeploy.compare.canary import NAME as CANARIES
 from fmdeploy.compare.canary import canary_row, judge_cases, read_canaries
 from fmdeploy.compare.domains import Json, continual, domain_rows, table_lines
 from fmdeploy.compare.judged import ALL, MODELS, Judged, judged_check, judged_model
@@ -30,6 +32,8 @@ from fmdeploy.runtime.check.gatefiles import write_gate_files
 from fmdeploy.runtime.check.seen import seen_row
 from fmdeploy.strictjson import finite_or_none
 
+LEAST_REASON = 8  # characters: shorter than "ticket 7" says nothing
+
 
 class CompareConfig(StageConfig):
     """Options of `fmdeploy compare`."""
@@ -47,7 +51,7 @@ class CompareConfig(StageConfig):
     max_slice_drop: float = Field(default=0.05, ge=0, lt=1, description="Relative drop allowed in every slice")
     canary: InputPath | None = Field(default=None, description="JSON of cases of which none may be lost (data canary)")
     accept: tuple[str, ...] = Field(default=(), description="Canary case that may be lost all the same; repeatable")
-    because: str | None = Field(default=None, min_length=8, description="Why, for the lineage; needed by --accept")
+    because: str | None = Field(default=None, description="Why, for the lineage; needed by --accept")
     max_latency_ratio: float | None = Field(default=None, gt=0, description="Allowed p50 latency, candidate / deployed")
     min_samples: int = Field(default=200, ge=2, description="Fewer samples than this: not measured")
     min_slice_samples: int = Field(default=100, ge=2, description="The same for one slice")
@@ -62,6 +66,10 @@ class CompareConfig(StageConfig):
             raise ValueError("a lost canary is accepted by name and with a reason: give both --accept and --because")
         if self.accept and self.canary is None:
             raise ValueError("--accept needs --canary")
+        if self.because is not None and len(self.because.strip()) < LEAST_REASON:
+            raise ValueError(f"--because says why, in at least {LEAST_REASON} characters")
+        if self.accept and self.out is None:
+            raise ValueError("an accepted loss is written into the lineage: --accept needs --out")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -82,7 +90,13 @@ def compare(config: CompareConfig) -> Outcome:
     if config.out is not None:
         return _compare(config, config.out)
     with tempfile.TemporaryDirectory() as folder:
-        return _compare(config, Path(folder) / "check")
+        return _unwritten(_compare(config, Path(folder) / "check"))
+
+
+def _unwritten(found: Outcome) -> Outcome:
+    """Without the path of a CHECK that is gone by now."""
+    verdict = "passed" if found.exit_code == 0 else "NOT PASSED"
+    return Outcome((*found.lines[:-1], verdict), {**found.data, "path": None}, found.exit_code)
 
 
 def _compare(config: CompareConfig, out: Path) -> Outcome:
@@ -103,21 +117,31 @@ def _open_domains(config: CompareConfig, artifacts: list[Artifact]) -> dict[str,
                           found=" and ".join(artifact.kind.value for artifact in artifacts))
     if not any(checks) and not config.data:
         raise ConfigError("models are evaluated here: name the data", where="compare", fix="Add --data DATASET")
+    if any(checks) and config.metric is not None:
+        raise ConfigError("CHECKs are compared by the metric of their budgets", where="metric", found=config.metric,
+                          fix="Leave it out, or compare the models")
+    if config.tier is not None and not any(a.kind in (Kind.CHECK, Kind.BUNDLE) for a in artifacts):
+        raise ConfigError("a tier is part of a BUNDLE or a CHECK", where="tier", found=config.tier, fix="Leave it out")
     names = [Path(path).resolve().name for path in config.data]
     if len(set(names)) != len(names):
         raise ConfigError("two domains have one name: they are called by their folders", where="data",
-                          found=", ".join(names))
+                          found=", ".join(names), fix="Rename a folder")
     known = names or [ALL]
     for name in (*config.new, *_limits_given(config)):
         if name not in known:
             raise ConfigError("no such domain", where=repr(name), expected=", ".join(known))
-    return {name: open_dataset(path) for name, path in zip(names, config.data, strict=True)}
+    domains = {name: open_dataset(path) for name, path in zip(names, config.data, strict=True)}
+    if len({data.digest for data in domains.values()}) != len(domains):
+        raise ConfigError("two domains are the same DATASET", where="data", found=", ".join(names))
+    return domains
 
 
 def _limits_given(config: CompareConfig) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for text in config.domain_drop:
         name, _, number = text.rpartition("=")
+        if name in found:
+            raise ConfigError("has two limits", where=f"domain_drop {text!r}", fix="Give one for each domain")
         try:
             found[name] = float(number)
         except ValueError:
@@ -132,10 +156,9 @@ def _build(draft: Draft, config: CompareConfig, artifacts: list[Artifact], domai
     rows, table = _accuracy(config, candidate, deployed)
     found: Json = {"continual": _continual(config, candidate, deployed, domains)}
     if config.canary is not None:
-        cases = judge_cases(read_canaries(config.canary), candidate, deployed)
-        rows.append(canary_row(cases, dict.fromkeys(config.accept, config.because or "")))
-        found["canaries"] = [case.to_json() for case in cases]
-    rows += [seen_row(candidate.artifact, data, candidate.evaluations[name].ids) for name, data in domains.items()]
+        row, found["canaries"] = _canaries(config, config.canary, candidate, deployed)
+        rows.append(row)
+    rows += list(_seen_rows(candidate, domains))
     if config.max_latency_ratio is not None:
         rows.append(_latency(config, candidate, deployed))
     values = {"candidate": _values(candidate), "deployed": _values(deployed)}
@@ -144,6 +167,19 @@ def _build(draft: Draft, config: CompareConfig, artifacts: list[Artifact], domai
     draft.write_json("check.json", {"notes": notes, "values": values, "metric": candidate.metric.name,
                                     "comparison": table, **found})
     write_gate_files(draft, rows, title="fmdeploy compare", notes=notes)
+
+
+def _canaries(config: CompareConfig, path: Path, candidate: Judged, deployed: Judged) -> tuple[Row, list[Json]]:
+    if why := _differ(candidate, deployed):
+        return not_measured(CANARIES, why, limit=0.0, unit="cases"), []
+    cases = judge_cases(read_canaries(path), candidate, deployed)
+    return canary_row(cases, dict.fromkeys(config.accept, config.because or "")), [case.to_json() for case in cases]
+
+
+def _seen_rows(candidate: Judged, domains: Mapping[str, Dataset]) -> Iterator[Row]:
+    for name, data in domains.items():
+        row = seen_row(candidate.artifact, data, candidate.evaluations[name].ids)
+        yield replace(row, name=f"{row.name} in {name}") if len(domains) > 1 else row
 
 
 def _judge(config: CompareConfig, artifact: Artifact, domains: Mapping[str, Dataset]) -> Judged:
@@ -157,16 +193,33 @@ def _accuracy(config: CompareConfig, candidate: Judged, deployed: Judged) -> tup
     budget = AccuracyBudget(metric=candidate.metric.name, min_samples=config.min_samples,
                             confidence=config.confidence, min_slice_samples=config.min_slice_samples,
                             slices=config.slices, required_slices=config.required_slices, min_groups=config.min_groups)
-    if candidate.metric.name != deployed.metric.name or candidate.task.name != deployed.task.name:
+    if why := _differ(candidate, deployed):
         title = f"candidate {candidate.metric.name} drop vs deployed"
-        reason = f"the checks gate different metrics: {candidate.metric.name} and {deployed.metric.name}"
-        return [not_measured(title, reason, limit=config.max_drop, unit="1")], []
+        return [not_measured(title, why, limit=config.max_drop, unit="1")], []
+    _require_axes(config.slices, candidate)
     limits = {**dict.fromkeys(candidate.evaluations, config.max_drop), **_limits_given(config)}
     return domain_rows(candidate, deployed, limits, config.max_slice_drop, budget)
 
 
-def _continual(config: CompareConfig, candidate: Judged, deployed: Judged, domains: Mapping[str, Dataset]) -> Json:
+def _require_axes(wanted: tuple[str, ...], side: Judged) -> None:
+    """Check the axes that were asked for; those of the default are judged where they are."""
+    known = {axis for evaluation in side.evaluations.values() for axis in evaluation.slices}
+    if wanted != SLICES and (unknown := [axis for axis in wanted if axis not in known]):
+        raise ConfigError("the samples have no such slice axis", where=f"slices {unknown[0]!r}",
+                          expected=", ".join(sorted(known)) or "none")
+
+
+def _differ(candidate: Judged, deployed: Judged) -> str:
+    """Why the numbers of the two sides are not of one kind; empty where they are."""
+    if candidate.task.name != deployed.task.name:
+        return f"they are of two tasks: {candidate.task.name} and {deployed.task.name}"
     if candidate.metric.name != deployed.metric.name:
+        return f"the checks gate different metrics: {candidate.metric.name} and {deployed.metric.name}"
+    return ""
+
+
+def _continual(config: CompareConfig, candidate: Judged, deployed: Judged, domains: Mapping[str, Dataset]) -> Json:
+    if _differ(candidate, deployed):
         return {}
     trivial = {}
     for name in config.new:

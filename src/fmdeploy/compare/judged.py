@@ -51,11 +51,13 @@ def judged_check(check: Artifact, tier: str | None) -> Judged:
         raise ArtifactError("was not written by check", where=check.root, found=check.manifest.stage)
     found = check.json("check.json")
     chosen = tier or found["preferred"]["tier"]
-    if chosen is None or not check.has(f"evaluation.{chosen}.json"):
+    if chosen is None:
+        raise ArtifactError("no tier served there, so none is preferred", where=check.root, fix="Name one with --tier")
+    if not check.has(f"evaluation.{chosen}.json"):
         raise ArtifactError("has no evaluation of the tier", where=check.root, expected=chosen)
     task = load_task(found["task"])
-    metric = next(m for m in task.metrics() if m.name == found["metric"])
-    return Judged(check, chosen, task, metric, {ALL: Evaluation.load(check, f"evaluation.{chosen}")})
+    return Judged(check, chosen, task, _metric(task.metrics(), found["metric"]),
+                  {ALL: Evaluation.load(check, f"evaluation.{chosen}")})
 
 
 def judged_model(
@@ -74,11 +76,13 @@ def judged_model(
         raise ConfigError("its outputs were never trained: there is nothing to compare", where=model.root,
                           fix="Fine-tune it first: fmdeploy teacher train --init")
     metrics = subject.task.metrics()
+    chosen = _metric(metrics, metric)
     evaluations = {
         name: evaluate(subject.predict, subject.task.samples(data, split), metrics, data=data_key(data.digest, split))
         for name, data in domains.items()
     }
-    return Judged(model, tier or "", subject.task, _metric(metrics, metric), evaluations)
+    label = subject.name if model.kind is Kind.BUNDLE else ""
+    return Judged(model, label, subject.task, chosen, evaluations)
 
 
 def _metric(metrics: tuple[Metric, ...], name: str | None) -> Metric:

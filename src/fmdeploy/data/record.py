@@ -19,6 +19,7 @@ from fmdeploy.artifact import Artifact
 from fmdeploy.command import command
 from fmdeploy.config import OutputPath, RunOnly, StageConfig
 from fmdeploy.data import highway
+from fmdeploy.data.dealing import deal
 from fmdeploy.data.format import SPLITS
 from fmdeploy.data.highway import SCENARIOS, Scenario
 from fmdeploy.data.rigs import DEFAULT_RIG, RigName
@@ -77,7 +78,7 @@ def record(config: RecordConfig) -> Artifact:
         MissingDependencyError: highway-env is not installed.
     """
     jobs = plan(config)
-    splits = assign(config, len(jobs))
+    splits = assign(config, jobs)
     return produce(config.out, Kind.DATASET, stage="data record", config=config, inputs={}, resumable=True,
                    build=lambda draft: _build(draft, config, jobs, splits))
 
@@ -96,21 +97,16 @@ def plan(config: RecordConfig) -> list[Job]:
     return jobs
 
 
-def assign(config: RecordConfig, count: int) -> list[str]:
-    """Split of each simulation: whichever is most behind its share gets the next one.
+def assign(config: RecordConfig, jobs: Sequence[Job]) -> list[str]:
+    """Split of each simulation; see `deal`.
 
     Raises:
         ConfigError: a split that was asked for stays empty.
     """
     wanted = np.array([1 - config.val - config.test, config.val, config.test])
-    given = np.zeros(3)
-    chosen: list[str] = []
-    for number in range(1, count + 1):
-        winner = int(np.argmax(np.round(wanted * number - given, 9)))
-        given[winner] += 1
-        chosen.append(SPLITS[winner])
-    if empty := [name for name, share, got in zip(SPLITS, wanted, given, strict=True) if share > 0 and got == 0]:
-        raise ConfigError(f"{count} simulations are too few: {empty[0]} would be empty", where="simulations")
+    chosen = [SPLITS[number] for number in deal(jobs, wanted)]
+    if empty := [name for name, share in zip(SPLITS, wanted, strict=True) if share > 0 and name not in chosen]:
+        raise ConfigError(f"{len(jobs)} simulations are too few: {empty[0]} would be empty", where="simulations")
     return chosen
 
 

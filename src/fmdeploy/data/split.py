@@ -63,7 +63,7 @@ class SplitConfig(SplitRules):
 
 @command(SplitConfig)
 def split(config: SplitConfig) -> Artifact:
-    """Split a dataset by sequence and seed, or hold out scenarios, dates, map versions.
+    """Divide a dataset anew: by seed, sequence, route, date, geography, map version, or by values to hold out.
 
     Raises:
         DataError: the metadata lacks the key or the value, or a split would be empty.

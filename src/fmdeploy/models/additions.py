@@ -13,20 +13,33 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.models.transformer import block_ends, transformer_blocks
 
+MOST = 2**16  # wider than any transformer: a larger number in a foreign recipe would take all memory
+OPTIONS: dict[str, dict[str, type]] = {"adapter": {"width": int}, "prompt": {"prompts": int, "deep": bool}}
+
 
 class Addition(BaseModel):
-    """What was added, as a recipe says it."""
+    """What was added, as a recipe says it: an adapter of a `width`, or a number of `prompts`, `deep` or not."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["adapter", "prompt"]
     options: dict[str, int | bool]
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> Addition:
+        wanted = OPTIONS[self.kind]
+        if {name: type(value) for name, value in self.options.items()} != wanted:
+            said = ", ".join(f"{name} ({kind.__name__})" for name, kind in wanted.items())
+            raise ValueError(f"options of {self.kind!r} are {said}")
+        if any(type(value) is int and not 1 <= value <= MOST for value in self.options.values()):
+            raise ValueError(f"sizes of {self.kind!r} are from 1 to {MOST}")
+        return self
 
 
 class Bottleneck(nn.Module):

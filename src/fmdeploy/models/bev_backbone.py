@@ -51,7 +51,7 @@ class BevBackbone(TokenBackbone):
         self.trunk = nn.Sequential(
             conv_gn_relu(stem_width, width, stride=2), *(ResidualGN(width, dilation) for dilation in (1, 2, 4))
         )
-        self.encoder = Dinov2Tokens(width, QUARTER, PATCH, dim, depth, heads)
+        self.encoder = Dinov2Tokens(width, QUARTER, PATCH, dim, depth, heads, recompute=activation_checkpointing)
         self.activation_checkpointing = activation_checkpointing
 
     def tokens(self, *inputs: Tensor, keep_BK: Tensor | None = None) -> Tensor:
@@ -62,9 +62,9 @@ class BevBackbone(TokenBackbone):
         """The maps at half and quarter resolution, and the hidden states."""
         half_BCHW = self.run(self.stem, torch.cat(inputs, dim=1))
         quarter_BCHW = self.run(self.trunk, half_BCHW)
-        return Maps(half_BCHW, quarter_BCHW, self.run(self.encoder, quarter_BCHW, keep_BK))
+        return Maps(half_BCHW, quarter_BCHW, self.encoder(quarter_BCHW, keep_BK))
 
-    def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """`block(*inputs)`, recomputed in the backward pass where that is wanted."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         y: Tensor = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)

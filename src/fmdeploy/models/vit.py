@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.optional import require
@@ -39,24 +40,38 @@ def dinov2_encoder(num_channels: int, image: int, patch: int, dim: int, depth: i
 
 
 class Dinov2Tokens(nn.Module):
-    """A DINOv2 encoder that returns its last hidden state as a plain tensor."""
+    """A DINOv2 encoder that returns its last hidden state as a plain tensor.
 
-    def __init__(self, num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int) -> None:
+    Args:
+        recompute: Keep the input of each block alone for the backward pass, and run it again there. Block by block:
+            all of them at once would hold everything again as soon as the backward pass begins.
+    """
+
+    def __init__(
+        self, num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int, *, recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.dinov2 = dinov2_encoder(num_channels, image, patch, dim, depth, heads)
+        self.recompute = recompute
 
     def forward(self, x_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """Hidden states (B, 1 + N, D) of a map (B, C, image, image); of the tokens `keep_BK` alone where given."""
-        if keep_BK is None:
-            state_BND: Tensor = self.dinov2(pixel_values=x_BCHW).last_hidden_state
-            return state_BND
+        recompute = self.recompute and torch.is_grad_enabled()
+        if keep_BK is None and not recompute:
+            last_BND: Tensor = self.dinov2(pixel_values=x_BCHW).last_hidden_state
+            return last_BND
         part = self.dinov2.get_submodule
-        embedded_BND: Tensor = part("embeddings")(x_BCHW)
-        index_BKD = keep_BK[..., None].expand(-1, -1, embedded_BND.shape[-1])
-        visible_BKD = torch.cat((embedded_BND[:, :1], embedded_BND[:, 1:].gather(1, index_BKD)), dim=1)
-        hidden = part("encoder")(visible_BKD)
-        normed_BKD: Tensor = part("layernorm")(hidden.last_hidden_state)
-        return normed_BKD
+        state_BND: Tensor = part("embeddings")(x_BCHW)
+        if keep_BK is not None:
+            index_BKD = keep_BK[..., None].expand(-1, -1, state_BND.shape[-1])
+            state_BND = torch.cat((state_BND[:, :1], state_BND[:, 1:].gather(1, index_BKD)), dim=1)
+        if recompute:
+            for block in part("encoder.layer").children():
+                state_BND = checkpoint(block, state_BND, use_reentrant=False)
+        else:
+            state_BND = part("encoder")(state_BND).last_hidden_state
+        normed_BND: Tensor = part("layernorm")(state_BND)
+        return normed_BND
 
 
 def class_and_grid(state_BND: Tensor, side: int) -> tuple[Tensor, Tensor]:

@@ -2,32 +2,35 @@
 
 The one place that uses `torch._subclasses.fake_tensor`, which is private: nothing public runs a network on shapes
 alone with the dtypes that autocast would give. A test compares it with a pass that is really computed.
-
-Legend: B batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmdeploy.iospec import IOSpec
-from fmdeploy.models import example_inputs
 from fmdeploy.training.config import Precision
 from fmdeploy.training.device import autocast
 
 CPU = torch.device("cpu")
-BATCH = 2  # some operators take another way for a batch of one
+# What code raises on shapes alone when it looks at the numbers.
+LOOKED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one training step costs, for each sample.
+    """What the forward and backward pass of one share of a step costs.
 
     Attributes:
         forward_flops: Of the forward pass; a multiply-add counts as two.
@@ -39,37 +42,41 @@ class Pass:
     total_flops: float
     activation_bytes: float
 
+    def towards(self, other: Pass, share: float) -> Pass:
+        """The pass on the straight line through this one (share 0) and `other` (share 1)."""
+        return Pass(*(one + share * (two - one) for one, two in (
+            (self.forward_flops, other.forward_flops), (self.total_flops, other.total_flops),
+            (self.activation_bytes, other.activation_bytes))))
 
-def measure_pass(module: nn.Module, io: IOSpec, precision: Precision, *, fake: bool = True) -> Pass:
-    """Cost of a step of `module` on inputs of `io`; the loss itself is left out, since it is small.
+
+def measure_pass(module: nn.Module, loss: Callable[[], Tensor], precision: Precision, *, fake: bool = True) -> Pass:
+    """Cost of the gradient of `loss()` by the parameters of `module`.
 
     Args:
         module: With its real parameters; they are not touched.
-        io: Shapes of its inputs.
+        loss: Makes its inputs and returns a scalar; called in training mode and, unless `fake` is false, on shapes
+            alone.
         precision: Arithmetic of the forward pass; `fp16` is counted as bf16, of the same size.
-        fake: False computes for real, to check.
+        fake: False computes for real.
+
+    Raises:
+        LOOKED: `loss` looks at numbers, and there are none.
     """
     was_training = module.training
     module.train()
     kept = _Kept(module)
     counter = FlopCounterMode(display=False)
     mixed: Precision = "fp32" if precision == "fp32" else "bf16"
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad(), counter:
-        with kept, autocast(mixed, CPU):
-            raw = module(*example_inputs(io, BATCH))
-            total = torch.stack([value.float().sum() for value in _tensors(raw)]).sum()
-        forward = counter.get_total_flops()
-        wanted = [p for p in module.parameters() if p.requires_grad]
-        torch.autograd.grad(total, wanted, allow_unused=True)
-    module.train(was_training)
-    return Pass(forward / BATCH, counter.get_total_flops() / BATCH, kept.bytes() / BATCH)
-
-
-def _tensors(raw: Any) -> list[Tensor]:
-    if isinstance(raw, Tensor):
-        return [raw]
-    values = raw.values() if isinstance(raw, dict) else raw
-    return [tensor for value in values for tensor in _tensors(value)]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad(), counter:
+            with kept, autocast(mixed, CPU):
+                total = loss()
+            forward = counter.get_total_flops()
+            wanted = [p for p in module.parameters() if p.requires_grad]
+            torch.autograd.grad(total, wanted, allow_unused=True)
+    finally:
+        module.train(was_training)
+    return Pass(forward, counter.get_total_flops(), kept.bytes())
 
 
 class _Kept:

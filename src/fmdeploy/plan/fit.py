@@ -23,6 +23,7 @@ from fmdeploy.plan.runs import Runs
 
 HUBER = 1e-3
 BEST_STARTS = 24
+CLEAR = 2.0  # times the runs' scatter: a fall of the loss that is less says nothing about the exponent behind it
 MIN_KEPT = 0.8  # share of the draws that must converge for an interval to mean anything
 
 
@@ -81,20 +82,42 @@ def fit_law(law: Law, runs: Runs, *, draws: int = 200, seed: int = 0) -> Fit:
         seed: Of the resampling.
 
     Raises:
-        DataError: no start of the grid converges.
+        DataError: no start of the grid converges, or the loss does not fall with parameters or tokens: any law's
+            exponents are above 0, so that a fit would print numbers, and a best size, that mean nothing.
     """
     started = sorted(law.starts(), key=lambda theta: _cost(law, theta, runs))[:BEST_STARTS]
     found = [result for theta in started if (result := _descend(law, theta, runs)) is not None]
     if not found:
         raise DataError("the law cannot be fitted to these runs", where="fit", found=f"{len(runs)} runs")
     theta, _ = min(found, key=lambda result: result[1])
+    rms = float(np.sqrt(np.mean(np.square(_residuals(theta, law, runs)))))
+    _refuse_no_fall(law, theta, runs, rms)
     rng = np.random.default_rng(seed)
     again = [_refit(law, theta, runs, rng) for _ in range(draws)]
     kept = [each for each in again if each is not None]
     if len(kept) < MIN_KEPT * draws:
         kept = []
-    rms = float(np.sqrt(np.mean(np.square(_residuals(theta, law, runs)))))
     return Fit(law, theta, np.array(kept).reshape(-1, len(theta)), rms, len(runs))
+
+
+def _refuse_no_fall(law: Law, theta: Array, runs: Runs, rms: float) -> None:
+    """The fitted loss must fall from the least to the most of each, where the other is largest and hides least."""
+    most = (runs.params.max(), runs.tokens.max())
+    for column, (name, values) in enumerate((("params", runs.params), ("tokens", runs.tokens))):
+        least = np.array(most)
+        least[column] = values.min()
+        ends = law.log_loss(theta, *np.stack([least, most], axis=1))
+        if not ends[0] - ends[1] > CLEAR * rms:
+            raise DataError(f"the loss does not fall with {name}: no law and no best size can be told from these runs",
+                            where="fit", expected=f"a loss that falls with {name} by more than the runs scatter",
+                            found=_trend(runs, column), fix="Look for runs that did not converge, or add larger ones")
+
+
+def _trend(runs: Runs, column: int) -> str:
+    """What a straight line through the logarithms says of each doubling, the other held equal."""
+    rows_R3 = np.stack([np.log2(runs.params), np.log2(runs.tokens), np.ones(len(runs))], axis=1)
+    slope = np.linalg.lstsq(rows_R3, np.log(runs.loss), rcond=None)[0][column]
+    return f"{np.expm1(slope):+.2%} for each doubling"
 
 
 def _refit(law: Law, theta: Array, runs: Runs, rng: np.random.Generator) -> Array | None:

@@ -15,25 +15,34 @@ from fmdeploy.plan.cost import cost_of
 from fmdeploy.plan.fit import Fit, fit_law
 from fmdeploy.plan.laws import LAWS
 from fmdeploy.plan.runs import read_runs
+from fmdeploy.plan.samples import stand_in
+from fmdeploy.plan.step import Subject
 from fmdeploy.plan.tokens import effective_share, tokens_per_example
 from fmdeploy.task import load_task
+from fmdeploy.teacher.objectives.registry import choose, refuse_sharding
+from fmdeploy.teacher.objectives.worldmodel import WorldModelConfig
 from fmdeploy.teacher.sizes import TeacherSizes
-from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.config import StepConfig
 from fmdeploy.training.device import resolve_precision
 
 Json = dict[str, Any]
 
 
-class PlanConfig(TeacherSizes, TrainingConfig):
+class PlanConfig(TeacherSizes, StepConfig):
     """A teacher's training run, or with --fit a table of finished ones."""
 
     task: str = Field(default="bev-occupancy", description="built-in task, or module:Class")
-    data: InputPath | None = Field(default=None, description="DATASET: its tokens, and those left without duplicates")
+    objective: tuple[str, ...] = Field(default=("supervised",), min_length=1, description=(
+        "NAME or NAME=WEIGHT as in teacher train; may be repeated"))
+    set: tuple[str, ...] = Field(default=(), description="an objective's option, as NAME.KEY=VALUE; may be repeated")
+    data: InputPath | None = Field(default=None, description=(
+        "DATASET: its tokens, those left without duplicates, and the loss against its labels"))
     processes: int = Field(default=1, ge=1, description="processes that share the batch")
     fit: InputPath | None = Field(default=None, description="CSV (params,tokens,loss) of your own runs")
     law: Literal["chinchilla", "kaplan"] = Field(default="chinchilla", description="form of the scaling law")
     flops: float | None = Field(default=None, gt=6, description="budget for the compute-optimal pair, with --fit")
     draws: int = Field(default=200, ge=0, le=10_000, description="refits of resampled runs, for the intervals")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the refits")
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="two-sided coverage of the intervals")
 
     @model_validator(mode="after")
@@ -90,12 +99,16 @@ def _spread(number: Json) -> str:
 
 def _cost(config: PlanConfig) -> Outcome:
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
-    task = load_task(config.task)
+    task, choices = load_task(config.task), choose(config.objective, config.set)
+    if config.sharding != "none":
+        refuse_sharding(choices)
+    samples = stand_in(task) if config.data is None else task.samples(open_dataset(config.data), "train")
     with torch.random.fork_rng(devices=[]):
         module = task.teacher(config.sizes())
-    tokens = tokens_per_example(task, module)
-    data: Json = {"task": config.task, "tokens_per_example": tokens, **cost_of(
-        module, task.io, config, processes=config.processes)}
+        costs = cost_of(Subject(task, module, choices, samples), config, processes=config.processes)
+    world = next((choice.config for choice in choices if isinstance(choice.config, WorldModelConfig)), None)
+    tokens = tokens_per_example(task, module, world)
+    data: Json = {"task": config.task, "tokens_per_example": tokens, **costs}
     data["run"] = {"examples": config.steps * config.batch,
                    "tokens": config.steps * config.batch * (tokens["patches"] or tokens["cells"])}
     if config.data is not None:
@@ -115,14 +128,28 @@ def _data(config: PlanConfig, tokens: dict[str, int]) -> Json:
 
 
 def _cost_lines(data: Json, config: PlanConfig) -> Iterator[str]:
-    tokens, flops, memory = data["tokens_per_example"], data["flops"], data["memory_mib"]
-    yield f"{data['params']:,} parameters, {data['trainable']:,} of them trained"
+    tokens, flops = data["tokens_per_example"], data["flops"]
+    own = "".join(f", {found['params']:,} of {name}" for name, found in data["objectives"].items() if found["params"])
+    yield f"{data['params']:,} parameters of the teacher{own}; {data['trainable']:,} are trained"
     yield "  an example: " + ", ".join(f"{value:,} {name}" for name, value in tokens.items() if value)
     yield (f"  FLOPs: {flops['forward_per_sample']:.3g} forward, {flops['per_sample']:.3g} a sample in training, "
            f"{flops['run']:.3g} for {config.steps} steps of {config.batch}")
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in memory.items() if name != "total" and value)
-    yield f"  memory of a process: {memory['total']:.1f} MiB ({parts})"
+    if len(data["phases"]) > 1:
+        yield "    " + ", then ".join(f"{phase['steps']} steps of {phase['flops_per_sample']:.3g} a sample"
+                                      for phase in data["phases"])
+    yield from _memory_lines(data["memory_mib"], data["processes"])
+    if any("computed" in phase["counted"] for phase in data["phases"]):
+        yield "  FLOPs and activations follow from two small steps that were computed"
+    yield f"  not counted: {'; '.join(data['not_counted'])}"
     if "data" in data:
         found = data["data"]
         yield (f"  data: {found['samples']:,} samples, {found['tokens']:,} tokens, {found['effective_tokens']:,} "
                f"without near-duplicates ({found['near_duplicates']['method']}); the run is {found['epochs']} epochs")
+
+
+def _memory_lines(memory: Json, processes: int) -> Iterator[str]:
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in memory.items()
+                      if name not in ("step", "checkpoint", "total") and value)
+    who = "the first process" if processes > 1 else "the process"
+    yield f"  memory of {who}: {memory['step']:.1f} MiB in a step ({parts})"
+    yield f"    {memory['checkpoint']:.1f} MiB while it writes a checkpoint, {memory['total']:.1f} at most"

@@ -47,6 +47,8 @@ def read_runs(path: Path) -> Runs:
             if missing := [name for name in COLUMNS if name not in names]:
                 raise DataError(f"has no column {missing[0]!r}", where=path, expected=",".join(COLUMNS),
                                 found=",".join(names) or "an empty file")
+            if twice := [name for name in COLUMNS if names.count(name) > 1]:
+                raise DataError(f"has two columns {twice[0]!r}", where=path, found=",".join(names))
             reader.fieldnames = names
             rows = [[_number(row[name], name, reader.line_num, path) for name in COLUMNS] for row in reader]
     except OSError as error:
@@ -62,7 +64,7 @@ def _number(text: str | None, name: str, line: int, path: Path) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise DataError(f"line {line}: {name} is not a number above 0", where=path, found=text or "nothing")
+        raise DataError(f"line {line}: {name} is not a number above 0", where=path, found=(text or "nothing")[:40])
     return value
 
 

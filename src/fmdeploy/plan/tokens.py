@@ -21,17 +21,23 @@ from fmdeploy.teacher.objectives.worldmodel import WorldModelConfig
 CHUNK = 512
 
 
-def tokens_per_example(task: Task, module: nn.Module) -> dict[str, int]:
+def tokens_per_example(
+    task: Task, module: nn.Module, world: WorldModelConfig | None = None
+) -> dict[str, int]:
     """What one example is to the network, in every unit that people count in.
+
+    Args:
+        task: Of the network.
+        module: The teacher.
+        world: Options of the world model; None: as they are by default.
 
     Returns:
         `frames` of the past; `patches`, the tokens of the transformer (class token left out, 0 where there is no
-        such backbone); `cells` of the input maps; `codes` that the world model's tokeniser makes of the past frames,
-        as its options are by default; `targets`, cells of the dense outputs.
+        such backbone); `cells` of the input maps; `codes` that the world model's tokeniser makes of the past frames; `targets`, cells of the dense outputs.
     """
     backbone = getattr(module, "backbone", None)
     patches = backbone.side**2 if isinstance(backbone, TokenBackbone) else 0
-    codes = WorldModelConfig().grid ** 2 if patches else 0
+    codes = (world or WorldModelConfig()).grid ** 2 if patches else 0
     maps = [spec.shape for spec in task.io.inputs if len(spec.shape) == 3]
     dense = [spec.shape for spec in task.io.outputs if len(spec.shape) == 3]
     return {

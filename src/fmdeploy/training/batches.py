@@ -1,4 +1,7 @@
-"""Batches of labelled samples, mirrored at random."""
+"""Batches of labelled samples, drawn from a mixture and mirrored at random.
+
+Legend: B samples of one process's share.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
-from fmdeploy.task import Arrays, Samples, Task
+from fmdeploy.task import Arrays, Task
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch
-from fmdeploy.training.sampler import Sampler, make_sampler, mirror_mask, my_part
+from fmdeploy.training.mixture.options import Mixture
+from fmdeploy.training.sampler import Index, Sampler, mirror_mask, my_part
 
 
 @dataclass(frozen=True)
@@ -19,33 +23,42 @@ class SupervisedBatches:
 
     Attributes:
         task: Knows how to mirror.
-        samples: The training samples.
+        mixture: The training samples, and how often each is seen.
         config: Batch size, parts, seed and whether to mirror.
+        index: Numbers of the samples that may be used; None: all.
     """
 
     task: Task
-    samples: Samples
+    mixture: Mixture
     config: TrainingConfig
+    index: Index | None = None
 
     @cached_property
     def sampler(self) -> Sampler:
         """The order of the samples."""
-        return make_sampler(self.samples, self.config.batch, self.config.seed)
+        return self.mixture.sampler(self.config.batch, self.config.seed, self.index)
 
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
-        config = self.config
-        index = self.sampler.index(step)
-        mask = mirror_mask(config.batch, seed=config.seed, step=step)
-        inputs, targets = self.samples.batch(my_part(index, part, config.accumulation))
-        batch: Batch = {"inputs": inputs, "targets": targets}
-        return mirrored(self.task, batch, my_part(mask, part, config.accumulation)) if config.mirror else batch
+        return self.mirrored(self.read(self.chosen(step, part)), step, part)
+
+    def chosen(self, step: int, part: int) -> Index:
+        """Sample numbers (B,) of one share."""
+        return my_part(self.sampler.index(step), part, self.config.accumulation)
+
+    def read(self, chosen: Index) -> Batch:
+        """`inputs` and `targets` of the samples `chosen` (B,), as they are."""
+        inputs, targets = self.mixture.batch(chosen, self.index)
+        return {"inputs": inputs, "targets": targets}
+
+    def mirrored(self, batch: Batch, step: int, part: int) -> Batch:
+        """Every kind of array of a share with the samples that are mirrored in this step, contiguous."""
+        if not self.config.mirror:
+            return batch
+        mask = my_part(mirror_mask(self.config.batch, seed=self.config.seed, step=step), part, self.config.accumulation)
+        return {kind: contiguous(self.task.flip(arrays, mask)) for kind, arrays in batch.items()}
 
 
-def mirrored(task: Task, batch: Batch, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Batch:
-    """Every kind of array of `batch` with the masked samples mirrored, contiguous."""
-    return {kind: _contiguous(task.flip(arrays, mask)) for kind, arrays in batch.items()}
-
-
-def _contiguous(arrays: Arrays) -> Arrays:
+def contiguous(arrays: Arrays) -> Arrays:
+    """The same numbers, laid out as the device wants them."""
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}

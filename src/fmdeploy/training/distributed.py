@@ -81,11 +81,12 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return y_BCHW.to(x_BCHW.dtype)  # type: ignore[no-any-return]
 
     def _follow(self, mean_C: Tensor, var_C: Tensor) -> None:
-        for buffer, value_C in ((self.running_mean, mean_C), (self.running_var, var_C)):
-            if buffer is not None:
-                buffer.lerp_(value_C, self.momentum or 0.1)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum  # None: mean of all
+        self.running_mean.lerp_(mean_C, share)
+        self.running_var.lerp_(var_C, share)
 
 
 class _SharedNorm(torch.autograd.Function):
@@ -121,7 +122,8 @@ class _SharedNorm(torch.autograd.Function):
         own_2C = torch.stack([dbias_C, dweight_C]) / (x_BCHW.numel() / x_BCHW.shape[1])
         total_2C = own_2C.clone()
         dist.all_reduce(total_2C)
-        shift_C, slope_C = (own_2C - total_2C / world()[1]) * weight_C * inverse_C
+        missed_2C = own_2C - total_2C / world()[1]
+        shift_C, slope_C = (missed_2C if weight_C is None else missed_2C * weight_C) * inverse_C
         slope_C = slope_C * inverse_C
         dx_BCHW.add_((shift_C - slope_C * mean_C)[:, None, None]).addcmul_(x_BCHW, slope_C[:, None, None])
-        return dx_BCHW, dweight_C, dbias_C, None
+        return dx_BCHW, *((None, None) if weight_C is None else (dweight_C, dbias_C)), None

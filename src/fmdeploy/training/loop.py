@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fmdeploy.arrays import Arrays
 from fmdeploy.errors import ConfigError, InputError
-from fmdeploy.progress import Bar, progress
+from fmdeploy.progress import Bar, progress, say
 from fmdeploy.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import make_accelerator, unwrap
@@ -43,6 +43,18 @@ class DivergedError(InputError):
     """The loss or its gradient became NaN or infinite, or the loss grew and stayed there."""
 
 
+class StoppedError(InputError):
+    """Raised by `Job.after_step`, in all processes alike: the run is not worth going on with.
+
+    Attributes:
+        seen: Scalars of that step, for the log: what it was stopped for.
+    """
+
+    def __init__(self, *args: Any, seen: Mapping[str, Tensor] | None = None, **facts: Any) -> None:
+        super().__init__(*args, **facts)
+        self.seen = dict(seen or {})
+
+
 @dataclass(frozen=True)
 class Job:
     """What is trained, on what.
@@ -56,7 +68,9 @@ class Job:
         folder: Where checkpoints go.
         log: The JSON-lines log.
         validation: How it is judged on the way; the best state stays. None: the last one stays.
-        after_step: Called with the step's number after each optimiser step; its scalars go to the log.
+        after_step: Called with the step's number after each optimiser step; its scalars go to the log. It may raise
+            a `StoppedError`.
+        told: Whether to say on stderr how fast it was and how long it waited for data.
     """
 
     title: str
@@ -67,6 +81,7 @@ class Job:
     log: Path
     validation: Validation | None = None
     after_step: Callable[[int], Mapping[str, Tensor]] | None = None
+    told: bool = True
 
 
 def fit(job: Job, config: TrainingConfig) -> Timing:
@@ -78,6 +93,7 @@ def fit(job: Job, config: TrainingConfig) -> Timing:
     Raises:
         ConfigError: it cannot be sharded here.
         DivergedError: the loss is not finite, or grew and stayed there; the last good checkpoint stays.
+        StoppedError: `job.after_step` says so; the log ends with that step.
     """
     return Run(job, config).train()
 
@@ -140,6 +156,8 @@ class Run:
             loader.close()
             unwrap(self.accelerator, self.wrapped, self.model)
         timing = replace(self.clock.total(done - self.start), processes=world()[1], sharding=config.sharding)
+        if self.job.told and timing.steps and world()[0] == 0:
+            say(timing.sentence(self.job.title))
         return self._finish(timing, done)
 
     def _finish(self, timing: Timing, done: int) -> Timing:
@@ -191,9 +209,24 @@ class Run:
         self.optimizer.zero_grad()
         if self.state.average is not None:
             self.state.average.update(self.model, step)
-        seen = self.job.after_step(step) if self.job.after_step is not None else {}
-        noted = {name: whole(value) for name, value in {"grad_norm": norm.detach(), **parts, **seen}.items()}
-        self.pending.append({"step": step, "lr": rate, **noted})
+        noted = {"step": step, "lr": rate, "grad_norm": norm.detach(), **parts}
+        try:
+            seen = self.job.after_step(step) if self.job.after_step is not None else {}
+        except StoppedError as error:
+            self._note(noted, error.seen)
+            self.log.write(self._noted())
+            raise
+        self._note(noted, seen)
+
+    def _note(self, noted: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
+        both = {**noted, **seen}
+        self.pending.append({name: whole(x) if isinstance(x, Tensor) else x for name, x in both.items()})
+
+    def _noted(self) -> list[dict[str, float]]:
+        """What was noted since the last time, as numbers; all processes must ask."""
+        records = [_plain(record) for record in self.pending]
+        self.pending = []
+        return records
 
     def _backward(self, batch: Batch, part: int) -> Losses:
         last = part == self.config.accumulation - 1
@@ -212,8 +245,7 @@ class Run:
             save_checkpoint(self.job.folder, self.state, done, write=self.accelerator.is_main_process)
 
     def _flush(self, bar: Bar, done: int) -> None:
-        records = [_plain(record) for record in self.pending]
-        self.pending = []
+        records = self._noted()
         self.log.write(records)
         for record in records:
             if not self._is_finite(record):

@@ -52,18 +52,38 @@ def sharding_plugin(model: nn.Module) -> Any:
     if world()[1] == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise ConfigError("one process has nothing to shard with", where="sharding",
                           fix="Start several: torchrun --nproc-per-node N -m fmdeploy ..., or leave --sharding out")
-    if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
-        raise ConfigError(f"the parameter {scalars[0]} is a scalar and cannot be sharded", where="sharding",
-                          fix="Leave --sharding out")
+    refuse_scalars(model)
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    blocks = sorted({type(block).__name__ for block in _blocks(model)})
+    blocks = _kinds(model)
     return require("accelerate").FullyShardedDataParallelPlugin(
         fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT",
         mixed_precision_policy=MixedPrecisionPolicy(),  # autocast decides, as without sharding
         auto_wrap_policy="transformer_based_wrap" if blocks else "no_wrap",
         transformer_cls_names_to_wrap=blocks or None,
     )
+
+
+def refuse_scalars(model: nn.Module) -> None:
+    """Refuse what cannot be cut.
+
+    Raises:
+        ConfigError: a parameter is a scalar.
+    """
+    if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise ConfigError(f"the parameter {scalars[0]} is a scalar and cannot be sharded", where="sharding",
+                          fix="Leave --sharding out")
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """Modules whose weights are gathered when they are called; those of the rest stay whole during a step."""
+    kinds = _kinds(model)
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def _kinds(model: nn.Module) -> list[str]:
+    """Names of the classes that are cut for themselves wherever they stand, also in an objective's own parts."""
+    return sorted({type(block).__name__ for block in _blocks(model)})
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -1,7 +1,8 @@
 """How fast a run is and how much of its time it waits for data: told while it runs, and kept out of what it computes.
 
 `timing.jsonl` lies beside the checkpoints, so it is there to watch and goes when the artifact is sealed; the totals are
-in the manifest under `environment.training`. The log of losses must be the same in every run, and times are not.
+said on stderr when it is over and are in the manifest under `environment.training`, which the report shows. They are not
+in `log.jsonl`: the log is part of an artifact's digest and must be the same in every run, and times are not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TIMING_LOG = "timing.jsonl"
+TOO_LONG = 0.2  # share of a run that waits for data from which on advice is due
+WORTH_S = 1.0  # and seconds of it: the first batch of a short run always comes late
+ADVICE = ("reading and augmenting is slower than the network: put the data on a local disk, leave the loader's thread a "
+          "core (OMP_NUM_THREADS), or start more processes, each of which has a loader of its own")
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,23 @@ class Timing:
     processes: int = 1
     sharding: str = "none"
 
+    @property
+    def wait_share(self) -> float:
+        """Share of the wall clock spent waiting for data."""
+        return self.waited_s / self.seconds if self.seconds else 0.0
+
+    def sentence(self, title: str) -> str:
+        """What to say of the run when it is over, with advice where it starved."""
+        rate = self.steps / self.seconds if self.seconds else 0.0
+        told = (f"{title}: {self.steps} steps in {self.seconds:.0f} s ({rate:.3g} a second); "
+                f"waited for data {self.wait_share:.1%} of the time")
+        starved = self.wait_share > TOO_LONG and self.waited_s > WORTH_S
+        return f"{told}: {ADVICE}" if starved else told
+
     def as_note(self) -> dict[str, float | str]:
         """Numbers for the environment part of a manifest."""
-        share = self.waited_s / self.seconds if self.seconds else 0.0
         rate = self.steps / self.seconds if self.seconds else 0.0
-        return {"steps": self.steps, "steps_per_s": round(rate, 3), "data_wait_share": round(share, 4),
+        return {"steps": self.steps, "steps_per_s": round(rate, 3), "data_wait_share": round(self.wait_share, 4),
                 "processes": self.processes, "sharding": self.sharding}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,8 +125,6 @@ def test_groups_are_simulations_and_slices_name_the_weather(recording: Dataset) 
 
 
 def test_samples_of_another_kind_of_dataset_are_refused(recording: Dataset, tmp_path: object) -> None:
-    from pathlib import Path
-
     from fmdeploy.data.format import open_dataset
     from fmdeploy.data.from_arrays import write_arrays
 
@@ -143,7 +143,7 @@ def test_splits_are_disjoint_in_simulations_and_seeds(recording: Dataset) -> Non
 def test_default_plan_is_60_20_20_in_every_scenario() -> None:
     config = RecordConfig.model_validate({"out": "x"})
     jobs = plan(config)
-    splits = assign(config, len(jobs))
+    splits = assign(config, jobs)
     assert len({job.seed for job in jobs}) == 240
     for scenario in SCENARIOS:
         here = [i for i, job in enumerate(jobs) if job.scenario == scenario]
@@ -152,6 +152,38 @@ def test_default_plan_is_60_20_20_in_every_scenario() -> None:
         assert len(weathers) == 12  # every weather in every split
     other = plan(config.model_copy(update={"seed": 1}))
     assert not {job.seed for job in jobs} & {job.seed for job in other}
+
+
+@pytest.mark.parametrize("options", [
+    {"val": 0.25, "test": 0.25}, {"val": 0.5, "test": 0}, {"val": 0.26, "test": 0.24}, {"val": 0.137, "test": 0.211},
+    {"val": 0.25, "test": 0.25, "scenarios": ["merge"], "simulations": 8}, {"simulations": 48},
+    {"val": 0.5, "test": 0, "weathers": ["clear", "fog"]},
+])
+def test_no_weather_is_tied_to_a_split(options: dict[str, object]) -> None:
+    """Weather and split were dealt by one counter: at a quarter each, rain was never trained on."""
+    config = RecordConfig.model_validate({"out": "x", **options})
+    jobs = plan(config)
+    splits = assign(config, jobs)
+    shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
+    for here in ({"weather"}, {"weather", "scenario"}):
+        counts = Counter((tuple(getattr(job, key) for key in sorted(here)), split)
+                         for job, split in zip(jobs, splits, strict=True))
+        for group in {group for group, _ in counts}:
+            size = sum(counts[group, split] for split in shares)
+            assert all(abs(counts[group, split] - share * size) <= 1.5 for split, share in shares.items()), group
+
+
+@pytest.mark.parametrize(("simulations", "digest"), [(40, "7f0ff8cd51da"), (240, "29591e8aad92")])
+def test_recordings_and_splits_of_the_demo_stay_what_they_are(simulations: int, digest: str) -> None:
+    config = RecordConfig(out=Path("x"), simulations=simulations)
+    jobs = plan(config)
+    dealt = [(job.seed, job.scenario, job.weather, split) for job, split in zip(jobs, assign(config, jobs), strict=True)]
+    assert hashlib.sha256(repr(dealt).encode()).hexdigest()[:12] == digest
+
+
+def test_dealing_evenly_never_empties_a_split() -> None:
+    config = RecordConfig(out=Path("x"), simulations=98, scenarios=SCENARIOS[:7], weathers=WEATHERS[:2], val=0.17, test=0.006)
+    assert set(assign(config, plan(config))) == {"train", "val", "test"}
 
 
 def test_too_few_simulations_and_impossible_shares_are_refused(tmp_path: object) -> None:

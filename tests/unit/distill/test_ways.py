@@ -14,10 +14,10 @@ import torch
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import StageConfig
 from fmdeploy.data.format import open_dataset
+from fmdeploy.data.trained_on import check_training_data
 from fmdeploy.distill.assemble import Assembly, assemble
 from fmdeploy.distill.config import DistillConfig
 from fmdeploy.distill.distill import distill
-from fmdeploy.distill.overlap import check_training_data
 from fmdeploy.distill.sources import sources_of
 from fmdeploy.draft import produce
 from fmdeploy.errors import ConfigError, FmdeployError, LeakageError
@@ -83,7 +83,7 @@ def test_two_teachers_cached_and_live_give_the_same_curve(home: Path, tmp_path: 
     cached = _distill(home, tmp_path / "c", ("one", "two=3"))
     assert _parts(cached) == {"labels", "logits", "features.teacher0", "features.teacher1"}
     _assert_same_curve(cached, _distill(home, tmp_path / "l", ("one", "two=3"), live=True))
-    assert set(cached.inputs) == {"data", "teacher", "teacher1", "features", "features1"}
+    assert set(cached.inputs) == {"data", "teacher", "teacher2", "features", "features2"}
     metrics = cached.json("metrics.json")
     assert metrics["teachers"] == 2
     assert cached.manifest.config["teacher_shares"] == [0.25, 0.75]
@@ -96,7 +96,7 @@ def test_one_cache_may_hold_both_teachers(home: Path, tmp_path: Path) -> None:
     cache(teacher=[home / "one", home / "two"], data=home / "data", out=tmp_path / "f", precision="fp32")
     together = _distill(home, tmp_path / "t", ("one", "two"), features=[tmp_path / "f"])
     _assert_same_curve(together, _distill(home, tmp_path / "a", ("one", "two")))
-    assert set(together.inputs) == {"data", "teacher", "teacher1", "features"}
+    assert set(together.inputs) == {"data", "teacher", "teacher2", "features"}
 
 
 def test_each_teacher_may_have_a_loss_of_its_own(home: Path, tmp_path: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_teacher_that_saw_the_test_scenes_is_refused(home: Path, tmp_path: Pat
     for name in ("same", "other"):
         train(data=tmp_path / name, out=tmp_path / f"{name}-teacher", steps=1, **TEACHER)
     given: dict[str, Any] = {"data": home / "data", "labels": 0.5, **SMALL, "steps": 1}
-    with pytest.raises(LeakageError, match=r"trained on 4 of the sequences that the student is judged on"):
+    with pytest.raises(LeakageError, match=r"trained on 4 of the sequences that the run is judged on"):
         distill(out=tmp_path / "s", teacher=tmp_path / "same-teacher", teacher_data=tmp_path / "same", **given)
-    with pytest.raises(ConfigError, match="no teacher was trained on this dataset"):
+    with pytest.raises(ConfigError, match="nothing that this run builds on was trained on this dataset"):
         distill(out=tmp_path / "s", teacher=home / "one", teacher_data=tmp_path / "same", **given)
     digest = open_dataset(tmp_path / "other").digest
     for shown, state in (([], "not checked"), ([tmp_path / "other"], "disjoint")):
@@ -260,6 +260,18 @@ def test_what_a_dataset_was_split_from_was_not_trained_on(home: Path) -> None:
     own, tuned = SimpleNamespace(inputs={"data": split}), SimpleNamespace(inputs={"data": split, "init": base})
     assert check_training_data([own], data, []) == {}  # type: ignore[list-item]
     assert check_training_data([tuned], data, []) == {before.digest: "not checked"}  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("changes", [{"loss": ["logits"]}, {"labels": 0.0}])
+def test_importance_weights_need_a_loss_against_labels(home: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    text = "importance = true\n[weights.scenario]\nmerge = 3.0\n"
+    (tmp_path / "natural.toml").write_text(text)
+    (tmp_path / "mixture.toml").write_text(f'representation = "mixture"\n{text}')
+    with pytest.raises(ConfigError, match="learn at natural frequency"):
+        _distill(home, tmp_path / "s", mixture=tmp_path / "natural.toml", **changes)
+    with pytest.raises(ConfigError, match="importance weights belong to the loss against labels, and none is read"):
+        _distill(home, tmp_path / "s", mixture=tmp_path / "mixture.toml", **changes)
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -316,6 +316,16 @@ def test_a_resumable_stage_keeps_its_work_when_the_disk_is_full(tmp_path: Path) 
     assert (tmp_path / ".a.partial" / "work" / "checkpoint").read_text() == "hours"
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(NoSpaceError):
+        make(tmp_path / "a", {"x": b"1"})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_current_folder_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match="current folder"):

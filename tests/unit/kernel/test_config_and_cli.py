@@ -102,6 +102,11 @@ def toy(config: Sizes) -> Outcome:
         raise ZeroDivisionError("a bug")
     if config.steps == 15:
         raise KeyboardInterrupt
+    if config.steps == 16:
+        try:
+            Path("/dev/full").write_text("a page")
+        except OSError as error:
+            raise RuntimeError("as libraries wrap it") from error
     return Outcome((f"steps {config.steps}", *config.scenarios), {"steps": config.steps}, exit_code=config.steps % 2)
 
 
@@ -125,6 +130,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
         (["--out", "x", "--steps", "13"], 1, "", "toy: the gate failed (expected 1, found 2). Try again\n"),
         (["--out", "x", "--steps", "14"], 4, "", "ZeroDivisionError"),
         (["--out", "x", "--steps", "15"], 130, "", "interrupted"),
+        (["--out", "x", "--steps", "16"], 3, "", "fmdeploy: the disk is full. Free some space"),
         (["--out", "x", "--config", "nowhere.toml"], 2, "", "no such configuration file"),
     ],
 )

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.models import example_inputs, input_list, named_outputs, num_parameters, predictor
+from fmdeploy.models.transformer import transformer_blocks
 from fmdeploy.tasks.bev_occupancy import BevOccupancy
 from fmdeploy.tasks.image_classification import ImageClassification
 
@@ -66,6 +67,17 @@ def test_activation_checkpointing_changes_memory_not_gradients() -> None:
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
         torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_blocks_are_recomputed_one_by_one() -> None:
+    """Each when its turn comes in the backward pass: together they would all be in memory again."""
+    teacher, ran = BEV.teacher({**SMALL, "depth": 3, "activation_checkpointing": True}), []
+    for number, block in enumerate(transformer_blocks(teacher).values()):
+        block.register_forward_pre_hook(lambda module, inputs, number=number: ran.append(number))
+    bev, scene = teacher(*example_inputs(BEV.io))
+    assert ran == [0, 1, 2]
+    (bev.square().mean() + scene.square().mean()).backward()
+    assert ran == [0, 1, 2, 2, 1, 0]
 
 
 def test_the_teachers_layer_gives_a_map_that_can_be_mirrored() -> None:

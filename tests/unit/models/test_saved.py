@@ -63,6 +63,15 @@ def test_weights_and_sizes_come_back(tmp_path: Path) -> None:
     ({"io_digest": "0" * 64}, ModelFileError, "made for another input or output"),
     ({"name": "resnet"}, ConfigError, "no such student"),
     ({"surprise": 1}, ConfigError, "unknown key 'surprise'"),
+    ({"added": [{"kind": "adapter", "options": {}}]}, ConfigError, r"model\.json: 'added\.0'.*options of 'adapter' are width"),
+    ({"added": [{"kind": "prompt", "options": {"prompts": 4}}]}, ConfigError, "are prompts .int., deep .bool."),
+    ({"added": [{"kind": "prompt", "options": {"prompts": True, "deep": True}}]}, ConfigError, "are prompts .int."),
+    ({"added": [{"kind": "adapter", "options": {"width": 4, "depth": 1}}]}, ConfigError, "are width"),
+    ({"added": [{"kind": "adapter", "options": {"width": 0}}]}, ConfigError, "from 1 to 65536"),
+    ({"added": [{"kind": "adapter", "options": {"width": 10**12}}]}, ConfigError, "from 1 to 65536"),
+    ({"added": [{"kind": "lora", "options": {}}]}, ConfigError, r"added\.0\.kind"),
+    ({"added": [{"kind": "adapter", "options": {"width": 4}}]}, ConfigError, "no transformer"),
+    ({"added": {"kind": "adapter"}}, ConfigError, "'added'"),
 ])
 def test_a_recipe_that_does_not_fit_is_refused_in_one_line(
     tmp_path: Path, recipe: dict[str, object], error: type[Exception], message: str
@@ -70,4 +79,13 @@ def test_a_recipe_that_does_not_fit_is_refused_in_one_line(
     artifact, _ = _artifact(tmp_path / "s", recipe=recipe)
     with pytest.raises(error, match=message) as caught:
         load_model(artifact)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["text", ["text"], [[1]], [], None, 7])
+def test_a_recipe_that_is_no_object_is_refused_in_one_line(tmp_path: Path, content: object) -> None:
+    made = produce(tmp_path / "s", Kind.STUDENT, stage="test", config=StageConfig(), inputs={},
+                   build=lambda draft: draft.write_json("model.json", content))
+    with pytest.raises(ConfigError, match=r"model\.json") as caught:
+        load_model(made)
     assert "\n" not in str(caught.value)

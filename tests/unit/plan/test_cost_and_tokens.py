@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,13 @@ from torch import nn
 from fmdeploy.data.format import open_dataset
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.errors import ConfigError
-from fmdeploy.iospec import IOSpec, TensorSpec
+from fmdeploy.models import example_inputs
 from fmdeploy.plan.fake import measure_pass
 from fmdeploy.plan.plan import plan
 from fmdeploy.plan.tokens import effective_share, tokens_per_example
 from fmdeploy.task import load_task
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "stem_width": 8, "width": 16}
-IMAGE = IOSpec(
-    inputs=(TensorSpec(name="image", shape=(3, 16, 16), layout="CHW", value_range=(0.0, 1.0), channels=("r", "g", "b")),),
-    outputs=(TensorSpec(name="logits", shape=(7,), layout="C", channels=tuple("abcdefg")),), preprocessing="",
-)
 
 
 class Plain(nn.Module):
@@ -33,12 +30,19 @@ class Plain(nn.Module):
         return y
 
 
+PLAIN = Plain()
+
+
+def summed() -> Callable[[], torch.Tensor]:
+    return lambda: PLAIN(torch.zeros(2, 3, 16, 16)).sum()
+
+
 def test_flops_are_those_of_the_formula() -> None:
-    forward = 2 * (16 * 16 * 8 * 3 * 9 + 8 * 16 * 16 * 7)
-    found = measure_pass(Plain(), IMAGE, "fp32")
+    forward = 2 * 2 * (16 * 16 * 8 * 3 * 9 + 8 * 16 * 16 * 7)  # two samples
+    found = measure_pass(PLAIN, summed(), "fp32")
     assert found.forward_flops == forward
     # the backward pass is twice that, less the gradient of the input, which nobody asks for
-    assert found.total_flops == 3 * forward - 2 * 16 * 16 * 8 * 3 * 9
+    assert found.total_flops == 3 * forward - 2 * 2 * 16 * 16 * 8 * 3 * 9
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -47,19 +51,23 @@ def test_shapes_alone_say_what_a_computed_pass_says(precision: str, recompute: b
     """`torch._subclasses` is private: this fails where a new torch changes what it counts."""
     task = load_task("bev-occupancy")
     module = task.teacher({**SMALL, "activation_checkpointing": recompute})
-    fake, real = (measure_pass(module, task.io, precision, fake=fake) for fake in (True, False))  # type: ignore[arg-type]
+
+    def loss() -> torch.Tensor:
+        return torch.stack([value.float().sum() for value in module(*example_inputs(task.io, 2)).values()]).sum()
+
+    fake, real = (measure_pass(module, loss, precision, fake=fake) for fake in (True, False))  # type: ignore[arg-type]
     assert fake.forward_flops == real.forward_flops
     assert fake.total_flops == real.total_flops
     assert fake.activation_bytes == pytest.approx(real.activation_bytes, rel=0.3)
 
 
 def test_nothing_is_left_behind_in_the_network() -> None:
-    module = Plain().eval()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    measure_pass(module, IMAGE, "fp32")
-    assert not module.training
-    assert all(parameter.grad is None for parameter in module.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    PLAIN.eval()
+    before = {name: value.clone() for name, value in PLAIN.state_dict().items()}
+    measure_pass(PLAIN, summed(), "fp32")
+    assert not PLAIN.training
+    assert all(parameter.grad is None for parameter in PLAIN.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in PLAIN.state_dict().items())
 
 
 def test_recomputing_saves_memory_and_costs_flops() -> None:
@@ -104,3 +112,9 @@ def test_options_that_do_not_fit_together() -> None:
         plan(flops=1e18)
     with pytest.raises(ConfigError, match="must be a multiple of heads"):
         plan(dim=33, heads=2)
+    with pytest.raises(ConfigError, match="cannot be cut into equal parts"):
+        plan(batch=16, processes=3)
+    with pytest.raises(ConfigError, match="nothing to shard with"):
+        plan(sharding="fsdp")
+    with pytest.raises(ConfigError, match="unknown key 'clip'"):
+        plan(clip=2.0)

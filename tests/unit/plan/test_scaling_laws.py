@@ -104,9 +104,28 @@ def test_the_command_line_prints_the_law_and_the_optimum(tmp_path: Path) -> None
     assert plan(fit=path, flops=5.76e23, draws=40).data == found  # the same seed, the same draws
 
 
+def grid_of_runs(grows: str) -> Runs:
+    """Sixteen runs whose loss grows with one of the two and falls with the other."""
+    params, tokens = (x.ravel() for x in np.meshgrid(np.geomspace(1e6, 1e8, 4), np.geomspace(1e8, 1e10, 4)))
+    falling = {"params": 410 / tokens**0.28, "tokens": 406 / params**0.34}
+    growing = {"params": 0.1 * np.log(params / 1e6), "tokens": 0.1 * np.log(tokens / 1e8)}
+    return Runs(params, tokens, 1.7 + falling[grows] + growing[grows])
+
+
+@pytest.mark.parametrize(("law", "grows"), [("chinchilla", "params"), ("kaplan", "tokens")])
+def test_a_loss_that_rises_with_size_has_no_law_and_no_best_size(tmp_path: Path, law: str, grows: str) -> None:
+    path = write_csv(tmp_path / "runs.csv", grid_of_runs(grows))
+    with pytest.raises(DataError, match=rf"does not fall with {grows}: .*found \+\d\.\d\d% for each doubling") as caught:
+        plan(fit=path, flops=1e19, law=law)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("", "no column 'params'"),
     ("params,tokens\n1,2\n", "no column 'loss'"),
+    ("params,tokens,loss,loss\n1,2,3,4\n", "two columns 'loss'"),
+    ("params,tokens,loss\n1," + "9" * 400 + ",3\n", r"found 9{40}\)"),
     ("params,tokens,loss\n1,2,3\n", "too few runs"),
     ("params,tokens,loss\n1,2,x\n", "line 2: loss is not a number above 0"),
     ("params,tokens,loss\n1,-2,3\n", "line 2: tokens is not a number above 0"),

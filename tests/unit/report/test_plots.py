@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import zlib
+from html import escape
 
 import numpy as np
 import pytest
 
 from fmdeploy.evaluate.bootstrap import Interval
 from fmdeploy.evaluate.plots.accuracy import Curve, plot_channels, plot_slices
+from fmdeploy.evaluate.plots.calibration import Bins, plot_reliability
 from fmdeploy.evaluate.plots.figure import TOKENS, canvas, to_svg
 from fmdeploy.evaluate.plots.latency import plot_latency
+from fmdeploy.evaluate.plots.probes import Growth, plot_probes
 from fmdeploy.evaluate.plots.raster import data_uri, png_bytes
 from fmdeploy.evaluate.plots.training import running_mean
 
@@ -33,6 +36,25 @@ def test_text_stays_text() -> None:
     picture = plot_slices("iou", ["weather=fog", "rare"], [curve("student", "student", 0.5, 0.4)])
     assert ">weather=fog</text>" in picture.svg
     assert 'id="slices-' in picture.svg
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "a $x$ b", "</text><script>"])
+def test_names_are_drawn_as_they_are(name: str) -> None:
+    """Folders and slices are named by users: no formula, no markup."""
+    points = np.array([[0.0, 9.0], [0.1, 0.2], [0.0, 0.1], [0.2, 0.3]])
+    growths = [Growth(name, "teacher", {"linear": points}), Growth("other", "student", {"linear": points})]
+    drawn = plot_slices("iou", [name], [curve(name, "student", 0.5)]).svg, plot_probes(growths, {"linear": name}).svg
+    for svg in drawn:
+        assert f">{escape(name)}</text>" in svg
+        assert "<script>" not in svg
+
+
+def test_a_logarithmic_axis_has_plain_numbers() -> None:
+    confidence = np.array([0.1, 0.9])
+    bins = Bins("student", "student", confidence, confidence, np.array([5.0, 50_000.0]), 0.1)
+    svg = plot_reliability("ece", [bins]).svg
+    assert ">10000</text>" in svg
+    assert "mathdefault" not in svg
 
 
 def test_interval_without_ends_has_no_whisker_and_no_warning() -> None:

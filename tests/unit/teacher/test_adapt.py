@@ -31,11 +31,12 @@ from fmdeploy.teacher.adapt.config import AdaptConfig
 from fmdeploy.teacher.adapt.lora import add_lora, fold_lora
 from fmdeploy.teacher.adapt.methods import Plan, apply_plan
 from fmdeploy.teacher.adapt.store import load_adapted
-from fmdeploy.teacher.adapt.training import TwoDomains, old_places
+from fmdeploy.teacher.adapt.training import Adaptation
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.merge import merge
 from fmdeploy.teacher.train import train
-from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.batches import SupervisedBatches
+from fmdeploy.training.mixture.options import mix
 from support.training_data import TEACHER, write_scenes
 
 METHODS = ("lora", "adapter", "prompt", "bias-norm", "head")
@@ -165,7 +166,7 @@ def test_a_merged_teacher_works_everywhere(home: Path, tmp_path: Path) -> None:
 
 def test_carried_evaluations_are_those_of_the_adapter(home: Path, tmp_path: Path) -> None:
     merged = merge(teacher=home / "teacher", adapter=home / "lora", out=tmp_path / "m")
-    for name in ("evaluation.safetensors", "validation.json", "examples.safetensors"):
+    for name in ("evaluation.safetensors", "validation.json", "examples.safetensors", "calibration_guard.json"):
         assert merged.path(name).read_bytes() == (home / "lora" / name).read_bytes()
     assert merged.json("metrics.json")["test"] == open_artifact(home / "lora").json("metrics.json")["test"]
 
@@ -187,7 +188,7 @@ def test_another_base_is_refused(home: Path, tmp_path: Path) -> None:
 
 def test_the_effect_on_both_domains_is_measured(home: Path, tmp_path: Path) -> None:
     adapter = adapt(teacher=home / "teacher", data=home / "new", out=tmp_path / "a", method="bias-norm", also=("head",),
-                    source_data=home / "data", replay_data=home / "data", replay_share=0.5, labels=0.5, **FAST)
+                    source_data=home / "data", replay=[home / "data"], replay_share=0.5, labels=0.5, **FAST)
     metrics = adapter.json("metrics.json")
     base = open_artifact(home / "teacher")
     before = Evaluation.load(adapter, "source_evaluation_before")
@@ -198,11 +199,12 @@ def test_the_effect_on_both_domains_is_measured(home: Path, tmp_path: Path) -> N
     assert metrics["source_fall"]["value"] == pytest.approx((metrics["source_before"] - after) / metrics["source_before"])
     assert metrics["target_after"] == pytest.approx(metrics["test"]["iou"])
     assert metrics["labels"] == {"samples": 18, "of": 36}
-    assert set(adapter.inputs) == {"teacher", "data", "replay_data", "source_data"}
+    assert set(adapter.inputs) == {"teacher", "data", "replay0", "source_data"}
+    assert metrics["teacher_data"] == {open_dataset(home / "data").digest: "disjoint"}
 
 
 def test_the_same_request_gives_the_same_digest_however_often_it_is_killed(home: Path, tmp_path: Path) -> None:
-    options = {"teacher": str(home / "teacher"), "data": str(home / "new"), "replay-data": str(home / "data"), "steps": "40",
+    options = {"teacher": str(home / "teacher"), "data": str(home / "new"), "replay": str(home / "data"), "steps": "40",
                "batch": "4", "precision": "fp32", "checkpoint-every": "2"}
     command = [sys.executable, "-m", "fmdeploy", "teacher", "adapt", *[x for k, v in options.items() for x in (f"--{k}", v)]]
     child = subprocess.Popen([*command, "--out", str(tmp_path / "killed")])
@@ -211,27 +213,42 @@ def test_the_same_request_gives_the_same_digest_however_often_it_is_killed(home:
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert not (tmp_path / "killed").exists()
-    given: dict[str, Any] = {"teacher": home / "teacher", "data": home / "new", "replay_data": home / "data", "steps": 40,
+    given: dict[str, Any] = {"teacher": home / "teacher", "data": home / "new", "replay": [home / "data"], "steps": 40,
                              "batch": 4, "precision": "fp32"}
     resumed = adapt(out=tmp_path / "killed", checkpoint_every=2, **given)
     assert resumed.manifest.environment["training"]["steps"] < 40, "it began anew"
     assert resumed.digest == adapt(out=tmp_path / "whole", **given).digest
 
 
-def test_replay_takes_its_share_evenly_in_every_part(home: Path) -> None:
-    assert [int(old_places(16, share).sum()) for share in (0.0, 0.25, 0.5, 0.75)] == [0, 4, 8, 12]
-    task = load_task("bev-occupancy")
-    new, old = (task.samples(open_dataset(home / name), "train") for name in ("new", "data"))
-    whole, halves = (TwoDomains(task, new, TrainingConfig(batch=8, accumulation=n, mirror=False), None, old, 0.5) for n in (1, 2))
-    all_of_it = whole(3, 0)["inputs"]["lidar"]
-    assert np.array_equal(all_of_it, np.concatenate([halves(3, part)["inputs"]["lidar"] for part in (0, 1)]))
-    known = {row.tobytes() for row in old.batch(np.arange(len(old)))[0]["lidar"]}
-    assert [row.tobytes() in known for row in all_of_it] == [False, True] * 4
+def test_mixture_and_replay_are_those_of_the_other_stages(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.toml").write_text("importance = true\n[weights.scenario]\nmerge = 3.0\n")
+    adapter = adapt(teacher=home / "teacher", data=home / "new", out=tmp_path / "a", method="bias-norm", labels=0.5,
+                    mixture=tmp_path / "m.toml", replay=[home / "data", home / "data"], replay_share=0.75,
+                    replay_samples=6, **FAST)
+    config = adapter.manifest.config
+    assert config["mixture"]["weights"] == {"scenario": {"merge": 3.0}}
+    assert (config["replay_share"], config["replay_samples"]) == (0.75, 6)
+    assert set(adapter.inputs) == {"teacher", "data", "replay0", "replay1"}
+    plain = open_artifact(home / "lora").manifest.config
+    assert not {name for name in plain if name.startswith("replay") or name == "mixture"}
+    assert plain["rank"] == 1
+
+
+def test_replay_gives_old_samples_their_share_of_the_draws(home: Path) -> None:
+    task, config = load_task("bev-occupancy"), AdaptConfig(
+        teacher=home, data=home, out=home, replay=(home,), replay_share=0.75, batch=8, labels=0.5, mirror=False)
+    new, old = (open_dataset(home / name) for name in ("new", "data"))
+    mixture = mix(config, task, new, (old,), config.seed)
+    index = mixture.labelled(config.labels, config.label_seed)
+    assert index is not None
+    assert mixture.supervision(index) == {"samples": 18, "of": 36}
+    batches = SupervisedBatches(task, mixture, config, index)
+    known = {row.tobytes() for row in task.samples(old, "train").batch(np.arange(36))[0]["lidar"]}
+    seen = [row.tobytes() in known for step in range(27) for row in batches(step, 0)["inputs"]["lidar"]]
+    assert np.mean(seen) == pytest.approx(0.75, abs=0.01)  # four epochs of 54 draws
 
 
 def test_batch_norm_keeps_the_statistics_of_the_base() -> None:
-    from fmdeploy.teacher.adapt.training import Adaptation
-
     network = nn.Sequential(nn.Conv2d(20, 4, 1), nn.BatchNorm2d(4))
     whole = Adaptation(load_task("bev-occupancy"), network).train()
     assert whole.training
@@ -242,7 +259,7 @@ def test_batch_norm_keeps_the_statistics_of_the_base() -> None:
     ({"method": "prompt", "rank": 3}, "rank is no option of the method prompt"),
     ({"method": "lora", "width": 3}, "width is no option"),
     ({"method": "head", "also": ("head",)}, "repeats"),
-    ({"replay_share": 0.5}, "needs replay_data"),
+    ({"replay_share": 0.5}, "replay_share needs --replay"), ({"replay_samples": 5}, "replay_samples needs --replay"),
 ])
 def test_options_of_other_methods_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

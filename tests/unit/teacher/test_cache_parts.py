@@ -106,6 +106,35 @@ def test_adding_a_teacher_does_not_run_the_first_one_again(
         _cache(home, tmp_path / "other", "one", reuse=home / "features", encoding="int8")
 
 
+TASK_SOURCE = """
+from fmdeploy.tasks.bev_occupancy import BevOccupancy
+
+
+class MyTask(BevOccupancy):
+    pass
+"""
+
+
+def test_an_edited_task_takes_nothing_from_an_older_cache(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "my_task_for_the_cache.py"
+    source.write_text(TASK_SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train(data=home / "data", out=tmp_path / "mine", steps=1, task="my_task_for_the_cache:MyTask", **TEACHER)
+    options: dict[str, Any] = {"teacher": tmp_path / "mine", "data": home / "data", "reuse": tmp_path / "f", **COMMON}
+    first = cache(out=tmp_path / "f", **{**options, "reuse": ()})
+    assert first.manifest.config["task_source"] == read_index(first).caches[0].address.task_source is not None
+    _no_teacher(monkeypatch)
+    assert cache(out=tmp_path / "again", **options).digest == first.digest
+    source.write_text(TASK_SOURCE + "    width = 2\n")
+    with pytest.raises(AssertionError, match="the teacher ran again"):
+        cache(out=tmp_path / "edited", **options)
+    with pytest.raises(ArtifactError, match="already holds another artifact"):
+        cache(out=tmp_path / "f", **options)
+    assert "task_source" not in open_artifact(home / "features").manifest.config
+
+
 def test_a_copy_serves_where_links_do_not(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: Any) -> None:
         raise OSError(18, "Invalid cross-device link")

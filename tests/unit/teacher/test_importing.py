@@ -213,6 +213,15 @@ def test_folders_that_cannot_be_imported_say_why(home: Path, change: dict[str, A
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+def test_neither_a_folder_nor_a_checkpoint_may_be_larger_than_allowed(kind: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "f", "dinov2")
+    source = tmp_path / "f" if kind == "folder" else tmp_path / "f/model.safetensors"
+    with pytest.raises(ModelFileError, match=r"is too large \(expected at most 10737 bytes.*--max-gib"):
+        import_teacher(source=source, out=tmp_path / "t", max_gib=1e-5)
+    assert not (tmp_path / "t").exists()
+
+
 def test_pickled_weights_in_a_folder_are_not_read_unasked(tmp_path: Path) -> None:
     write_folder(tmp_path / "f", "dinov2")
     (tmp_path / "f" / "model.safetensors").rename(tmp_path / "f" / "pytorch_model.bin")

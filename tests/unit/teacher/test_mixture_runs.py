@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ConfigError, LeakageError
+from fmdeploy.task import load_task
 from fmdeploy.teacher.train import train
 from fmdeploy.training import loop
+from fmdeploy.training.mixture.options import MixtureConfig, mix
 from support.training_data import TEACHER, write_scenes
 
 
@@ -35,6 +39,18 @@ def test_the_manifest_says_what_was_seen(home: Path, tmp_path: Path) -> None:
     plain = run(home, tmp_path / "plain").manifest.config
     assert "replay_share" not in plain
     assert "mixture" not in plain
+
+
+def test_weights_of_metadata_hold_in_old_domains_too(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.toml").write_text("[weights.seed]\n0 = 3.0\n")  # a key that no slice has; each domain has a seed 0
+    config = MixtureConfig(mixture=tmp_path / "m.toml", replay=(home / "old",), replay_share=0.5)
+    mixed = mix(config, load_task("bev-occupancy"), open_dataset(home / "new"), [open_dataset(home / "old")], seed=0)
+    assert mixed.rate_N is not None
+    names = mixed.samples.ids
+    for domain in ("new", "old0"):
+        first_N = np.array([name.startswith((f"{domain}:s000/", f"{domain}:s001/")) for name in names])
+        others_N = np.array([name.startswith(f"{domain}:") for name in names]) & ~first_N
+        assert mixed.rate_N[first_N].mean() == pytest.approx(3 * mixed.rate_N[others_N].mean())
 
 
 def test_a_natural_mixture_changes_nothing(home: Path, tmp_path: Path) -> None:

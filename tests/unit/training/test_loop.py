@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fmdeploy.training.checkpoint import latest_checkpoint
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import make_accelerator, resolve_precision
-from fmdeploy.training.loop import Batch, DivergedError, Job, Tensors, fit
+from fmdeploy.training.loop import Batch, DivergedError, Job, StoppedError, Tensors, fit
 
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 1)).astype(np.float32)
 
@@ -60,6 +60,28 @@ def test_it_learns_and_logs_every_step(tmp_path: Path) -> None:
     assert log[0]["loss"] == pytest.approx(log[0]["square"] + log[0]["size"])
     assert timing.steps == 300
     assert 0 <= float(timing.as_note()["data_wait_share"]) < 1
+
+
+def test_the_end_of_a_run_says_its_pace_on_stderr_and_not_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(_job(tmp_path), _config(steps=5))
+    heard = capsys.readouterr()
+    assert heard.out == ""
+    assert re.fullmatch(r"test: 5 steps in \d+ s \([\d.e+]+ a second\); waited for data \d+\.\d% of the time\n", heard.err)
+    assert "wait" not in (tmp_path / "log.jsonl").read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    fit(replace(_job(other), told=False), _config(steps=5))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("seconds", "waited", "advised"), [(100.0, 19.0, False), (100.0, 21.0, True), (1.0, 0.9, False)])
+def test_a_run_that_starved_gets_advice(seconds: float, waited: float, advised: bool) -> None:
+    told = Timing(300, seconds, waited).sentence("teacher")
+    assert told.startswith(f"teacher: 300 steps in {seconds:.0f} s ({300 / seconds:.3g} a second); "
+                           f"waited for data {waited / seconds:.1%} of the time")
+    assert ("OMP_NUM_THREADS" in told) == advised
 
 
 @pytest.mark.parametrize("steps_before", [20, 33, 47])
@@ -112,6 +134,24 @@ def test_nan_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert found is not None
     assert found.name == "checkpoint-00000040.safetensors"
     assert _log(tmp_path)[43]["loss"] is None
+
+
+def test_the_log_of_a_run_that_is_stopped_ends_with_what_it_was_stopped_for(tmp_path: Path) -> None:
+    def after_step(step: int) -> dict[str, Tensor]:
+        if step == 33:
+            raise StoppedError("has seen enough", seen={"spread": torch.tensor(0.25)})
+        return {"spread": torch.tensor(1.0)}
+
+    job = dataclasses.replace(_job(tmp_path), after_step=after_step)
+    with pytest.raises(StoppedError, match="has seen enough"):
+        fit(job, _config())
+    log = _log(tmp_path)
+    assert [record["step"] for record in log] == list(range(34))
+    assert [record["spread"] for record in log[-2:]] == [1.0, 0.25]
+    assert set(log[0]) == set(log[-1])
+    with pytest.raises(StoppedError):  # going on from step 20 writes the same lines again, none of them twice
+        fit(dataclasses.replace(_job(tmp_path), after_step=after_step), _config())
+    assert _log(tmp_path) == log
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_a_checkpoint(tmp_path: Path) -> None:

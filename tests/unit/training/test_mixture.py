@@ -191,6 +191,26 @@ def test_weights_average_one_over_the_draws_from_a_part_of_the_samples() -> None
     assert weights.mean() == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize("importance", [False, True])
+def test_few_labels_of_the_new_domain_leave_the_old_one_its_share(importance: bool) -> None:
+    joined = Joined({"new": Toy(400), "old0": Toy(200, start=1000)})
+    rate_N = np.repeat([0.4 * 1.5, 0.6 * 3.0], [400, 200])  # 60 % of all draws are old
+    mixture = Mixture(joined, rate_N, importance, replay_share=0.6)
+    index = mixture.labelled(0.1, seed=0)
+    assert index is not None
+    assert mixture.supervision(index) == {"samples": 40, "of": 400}
+    for among in (None, index):
+        drawn = np.concatenate([mixture.sampler(24, 0, among).index(step) for step in range(200)])
+        assert (drawn >= 400).mean() == pytest.approx(0.6, abs=0.01)
+        weights = mixture.weights(drawn, among)
+        if importance:
+            assert weights is not None
+            assert weights.mean() == pytest.approx(1.0, abs=0.02)
+            assert weights[drawn >= 400].sum() / weights.sum() == pytest.approx(200 / (600 if among is None else 240), abs=0.02)
+    old = np.arange(400, 600)
+    assert mixture.sampler(24, 0, old).index(0).min() >= 400
+
+
 def test_weighted_losses_are_those_of_repeated_samples() -> None:
     torch.manual_seed(0)
     task = BevOccupancy()

@@ -9,7 +9,7 @@ from torch import nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.training.config import Schedule, TrainingConfig
-from fmdeploy.training.ema import WeightAverage
+from fmdeploy.training.ema import WeightAverage, floating, follow
 from fmdeploy.training.schedule import decay_groups, learning_rate, make_optimizer, set_rate
 
 
@@ -89,6 +89,17 @@ def test_the_backbone_may_have_a_rate_of_its_own() -> None:
 def test_a_rate_for_a_backbone_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="no trained module is called 'backbone'"):
         make_optimizer(nn.Linear(2, 2), TrainingConfig(backbone_lr=0.5))
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.75, 0.0])
+def test_a_slow_copy_keeps_its_share_and_copies_what_is_not_averaged(keep: float) -> None:
+    ours, theirs = ({"weight": torch.full((2,), value), "statistic": torch.full((2,), value),
+                     "counter": torch.tensor(int(value))} for value in (2.0, 4.0))
+    assert floating(ours) == {"weight", "statistic"}
+    follow(ours, theirs, keep, {"weight"})
+    assert ours["weight"].tolist() == [keep * 2 + (1 - keep) * 4] * 2
+    assert (ours["statistic"].tolist(), int(ours["counter"])) == ([4.0, 4.0], 4)
+    assert theirs["weight"].tolist() == [4.0, 4.0]
 
 
 def test_what_is_never_averaged_is_copied() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from fmdeploy.task import load_task
 from fmdeploy.tasks.bev_occupancy_samples import BevSamples
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import TrainingConfig
+from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.sampler import UniformSampler, WindowedSampler, make_sampler, step_index
 from support.training_data import write_scenes
 
@@ -65,9 +68,9 @@ def test_batches_of_a_split_that_does_not_fit_are_those_of_one_in_memory(scenes:
     """Same order, same bytes; an epoch reads every shard once although samples are drawn at random."""
     task, config = load_task("bev-occupancy"), TrainingConfig(steps=9, batch=8, seed=5)
     streamed, whole = BevSamples.of(scenes, "train", budget=BUDGET), BevSamples.of(scenes, "train")
-    ours = SupervisedBatches(task, streamed, config)
+    ours = SupervisedBatches(task, Mixture(streamed), config)
     assert isinstance(ours.sampler, WindowedSampler)
-    theirs = SupervisedBatches(task, whole, config)
+    theirs = SupervisedBatches(task, Mixture(whole), config)
     theirs.__dict__["sampler"] = ours.sampler
     loads: list[int] = []
     load = streamed.planes._load
@@ -184,6 +187,22 @@ def test_the_block_that_was_used_last_goes_last() -> None:
         assert rows.take("a", np.array([row]))[0] == row // 2
     assert loads == [0, 1, 2, 3, 4, 1]
     assert rows.take("a", np.zeros((0, 3), np.int64)).shape == (0, 3)
+
+
+def test_kept_blocks_lie_in_pages_of_their_own_and_off_the_heap() -> None:
+    def load(number: int) -> Arrays:
+        return {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "none": np.zeros((2, 0), np.uint8)}
+
+    layout: dict[str, Any] = {"a": (np.dtype(np.float16), (3,)), "none": (np.dtype(np.uint8), (0,))}
+    rows = BlockRows(np.array([0]), layout, np.array([12]), load)
+    assert rows.take("a", np.array([1])).tolist() == [[3, 4, 5]]
+    assert rows.take("none", np.array([1, 0])).shape == (2, 0)
+    kept = rows._kept[0]["a"]
+    owner: object = kept
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    assert isinstance(owner, (mmap.mmap, memoryview))
+    assert rows.kept_bytes == 12
 
 
 def test_names_and_labels_are_those_of_plain_ones() -> None:

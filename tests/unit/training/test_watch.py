@@ -21,6 +21,7 @@ from fmdeploy.training.checkpoint import latest_checkpoint
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import make_accelerator
 from fmdeploy.training.loop import Batch, DivergedError, Job, Tensors, fit
+from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.timing import TIMING_LOG
 from fmdeploy.training.watch import FIRST, PATIENCE, LossWatch
 
@@ -118,7 +119,7 @@ def test_a_nan_planted_in_the_data_stops_and_names_the_checkpoint(tmp_path: Path
     write_arrays(tmp_path / "data", {"image": images, "label": rng.integers(0, 10, 64)}, {"train": np.arange(64)})
     task, config = load_task("image-classification"), _config(steps=16, checkpoint_every=1, mirror=False)
     samples = task.samples(open_dataset(tmp_path / "data"), "train")
-    batches = SupervisedBatches(task, samples, config)
+    batches = SupervisedBatches(task, Mixture(samples), config)
     step = next(step for step in range(8) if 50 in batches.sampler.index(step))
 
     def losses(model: nn.Module, batch: Tensors) -> dict[str, Tensor]:

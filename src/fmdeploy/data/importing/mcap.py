@@ -33,6 +33,7 @@ from fmdeploy.optional import require
 DECODERS = {"ros1": "mcap_ros1.decoder", "cdr": "mcap_ros2.decoder", "protobuf": "mcap_protobuf.decoder"}
 NS = 1_000_000_000
 TIME = "time_ns"
+LARGEST = float(np.finfo(np.float32).max)
 MAX_FRAMES = 20_000_000  # of one log: 46 days at 5 a second
 
 
@@ -110,16 +111,15 @@ def mcap_drives(path: Path, rules: Rules, name: str) -> Iterator[Drive]:
     metadata = _metadata(path)
     for number, times in enumerate(_stretches(series, rules, path)):
         arrays = {name: each.at(times, decode, path) for name, each in series.items()}
-        date = datetime.datetime.fromtimestamp(times[0] / NS, datetime.timezone.utc).date().isoformat()
         yield Drive(safe_id(f"{name}-{number:03d}"), {**arrays, TIME: times},
-                    {"recording": name, "date": date, "frames_per_second": rules.rate_hz, **metadata})
+                    {"recording": name, "date": clock(times[0])[:10], "frames_per_second": rules.rate_hz, **metadata})
 
 
 @dataclass
 class Series:
     """The values of one topic over time, as they were logged: an image takes twenty times as much once decoded."""
 
-    name: str
+    topic: Topic
     times: list[int]
     values: list[Any]
 
@@ -134,16 +134,23 @@ class Series:
             DataError: messages of one topic have different shapes, or cannot be decoded.
         """
         newest = self.newest(times).tolist()
-        arrays = {k: decode(self.values[k], where=f"{path}: {self.name}") for k in dict.fromkeys(newest)}
+        where = f"{path}: {self.topic.topic}:{self.topic.field} at "
+        arrays = {k: decode(self.values[k], where=where + clock(self.times[k])) for k in dict.fromkeys(newest)}
         found = [arrays[k] for k in newest]
         if len({value.shape for value in found}) > 1:
-            raise DataError(f"messages of {self.name} have different shapes", where="topic",
+            raise DataError(f"messages of {self.topic.name} have different shapes", where="topic",
                             found=" and ".join(sorted({str(value.shape) for value in found})[:2]))
         return np.stack(found)
 
 
+def clock(time_ns: int) -> str:
+    """Nanoseconds since 1970 as UTC, such as `2026-03-31T00:00:01.250000Z`."""
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=int(time_ns) // 1000)
+    return moment.isoformat(timespec="microseconds") + "Z"
+
+
 def _read(path: Path, rules: Rules) -> dict[str, Series]:
-    series = {topic.name: Series(topic.name, [], []) for topic in rules.topics}
+    series = {topic.name: Series(topic, [], []) for topic in rules.topics}
     wanted = {topic.topic: [t for t in rules.topics if t.topic == topic.topic] for topic in rules.topics}
     reader = require("mcap.reader")
     try:
@@ -203,10 +210,13 @@ def _array(value: Any, rules: Rules, where: str) -> Array:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return decode_image(bytes(value), rules.size, rules.channels, where=where)
     try:
-        found = np.asarray(value, np.float32)
-    except (ValueError, TypeError) as error:
+        found = np.asarray(value, np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError("a field is no number and no list of numbers", where=where, found=repr(value)[:40]) from error
-    return found
+    if (odd := found[~(np.abs(found) <= LARGEST)]).size:
+        raise DataError("a field holds a number that is not finite in float32", where=where, found=f"{odd[0]:g}",
+                        fix="Import another field, or the log without such messages")
+    return found.astype(np.float32)
 
 
 def _fields(value: Any) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +27,7 @@ from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import DataError
 from fmdeploy.manifest import Kind
-from fmdeploy.progress import progress
+from fmdeploy.progress import progress, say
 
 Format = Literal["nuscenes", "images", "webdataset", "mcap"]
 RECORDED = ("nuscenes", "mcap")  # formats whose drives are parts of recordings
@@ -41,8 +43,8 @@ class ImportConfig(SplitRules):
         "What stays together: 'sequence', 'geography', or any key of the metadata, such as route, date, place; auto: "
         "the recording where the format names it"))
     labels: InputPath | None = Field(default=None, description="images: CSV or JSON table; none: a folder a class")
-    height: int | None = Field(default=None, ge=1, le=8192, description="images are resized to this")
-    width: int | None = Field(default=None, ge=1, le=8192, description="images are resized to this")
+    height: int | None = Field(default=None, ge=1, le=8192, description="rows that images are resized to")
+    width: int | None = Field(default=None, ge=1, le=8192, description="columns that images are resized to")
     channels: Literal[1, 3] = Field(default=3, description="of images: grey or RGB")
     topic: tuple[str, ...] = Field(default=(), description="mcap: NAME=/topic:field, such as speed=/odom:twist.x")
     rate_hz: float = Field(default=5.0, gt=0, le=1000, description="mcap: frames a second")
@@ -81,66 +83,88 @@ def import_data(config: ImportConfig) -> Artifact:
         MissingDependencyError: the format needs a package that is not installed.
     """
     parse_topics(config.topic)  # before every byte is read
-    config = config.model_copy(update={"content": _digest(config)})
+    source = _source(config)
+    root = config.source if config.source.is_dir() else config.source.parent
+    config = config.model_copy(update={"content": source.digest(root)})
     return produce(config.out, Kind.DATASET, stage="data import", config=config, inputs={},
-                   build=lambda draft: _build(draft, config))
+                   build=lambda draft: _build(draft, config, source))
 
 
-def _digest(config: ImportConfig) -> str:
+@dataclass(frozen=True)
+class Source:
+    """What is imported, its tables parsed once: for the digest and for the drives alike.
+
+    Attributes:
+        files: Every file that the import reads.
+        drives: Reads the recordings.
+        beside: Files of the import that lie outside of what is imported.
+        classes: Names of the labels, where the format has them.
+    """
+
+    files: list[Path]
+    drives: Callable[[], Iterable[Drive]]
+    beside: tuple[Path, ...] = ()
+    classes: list[str] | None = None
+
+    def digest(self, root: Path) -> str:
+        """sha256 of every byte that is read."""
+        parts = [content_digest(root, self.files), *(content_digest(path.parent, [path]) for path in self.beside)]
+        return parts[0] if len(parts) == 1 else sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _source(config: ImportConfig) -> Source:
     if not config.source.exists():
         raise DataError("does not exist", where=config.source)
-    root = config.source if config.source.is_dir() else config.source.parent
-    return content_digest(root, _files(config))
+    return READERS[config.format](config)
 
 
-def _files(config: ImportConfig) -> list[Path]:
-    """Every file that the import reads."""
-    source = config.source
-    if config.format == "images":
-        table = [] if config.labels is None or not config.labels.is_relative_to(source) else [config.labels]
-        return [*table, *(source / str(row["file"]) for row in read_table(source, config.labels))]
-    if config.format == "nuscenes":
-        tables = read_tables(source, config.nuscenes_version)
-        clouds = [source / found[config.reference]["filename"] for found in tables.key_frames.values()
-                  if config.reference in found]
-        named = [source / tables.version / f"{name}.json" for name in TABLES]
-        return [*named, *(path for path in clouds if config.points and path.is_file())]
-    if config.format == "webdataset":
-        return shards_of(source)
-    return _logs(source)
+def _images(config: ImportConfig) -> Source:
+    root, table = config.source, config.labels
+    rows = read_table(root, table)
+    inside = table is not None and table.is_relative_to(root)
+    return Source(
+        [*([table] if table is not None and inside else []), *(root / str(row["file"]) for row in rows)],
+        lambda: image_drives(root, rows, size=config.size, channels=config.channels),
+        beside=() if table is None or inside else (table.resolve(),), classes=class_names(rows))
 
 
-def _logs(source: Path) -> list[Path]:
-    found = [source] if source.is_file() else sorted(source.glob("**/*.mcap"))
-    if not found:
-        raise DataError("holds no MCAP logs", where=source, expected="*.mcap")
-    return found
+def _nuscenes(config: ImportConfig) -> Source:
+    tables = read_tables(config.source, config.nuscenes_version)
+    clouds = [config.source / found[config.reference]["filename"] for found in tables.key_frames.values()
+              if config.reference in found]
+    named = [config.source / tables.version / f"{name}.json" for name in TABLES]
+    return Source([*named, *(path for path in clouds if config.points and path.is_file())],
+                  lambda: nuscenes_drives(tables, reference=config.reference, points=config.points))
 
 
-def _drives(config: ImportConfig) -> Iterable[Drive]:
-    if config.format == "images":
-        rows = read_table(config.source, config.labels)
-        return image_drives(config.source, rows, size=config.size, channels=config.channels)
-    if config.format == "nuscenes":
-        tables = read_tables(config.source, config.nuscenes_version)
-        return nuscenes_drives(tables, reference=config.reference, points=config.points)
-    if config.format == "webdataset":
-        return webdataset_drives(shards_of(config.source), size=config.size, channels=config.channels)
-    rules = Rules(parse_topics(config.topic), config.rate_hz, config.max_age_s, config.size,
-                  config.channels)
-    return _of_logs(config.source, rules)
+def _webdataset(config: ImportConfig) -> Source:
+    shards = shards_of(config.source)
+    return Source(shards, lambda: webdataset_drives(shards, size=config.size, channels=config.channels))
 
 
-def _of_logs(source: Path, rules: Rules) -> Iterator[Drive]:
-    for path in _logs(source):
+def _mcap(config: ImportConfig) -> Source:
+    logs = [config.source] if config.source.is_file() else sorted(config.source.glob("**/*.mcap"))
+    if not logs:
+        raise DataError("holds no MCAP logs", where=config.source, expected="*.mcap")
+    rules = Rules(parse_topics(config.topic), config.rate_hz, config.max_age_s, config.size, config.channels)
+    return Source(logs, lambda: _of_logs(config.source, logs, rules))
+
+
+READERS: dict[Format, Callable[[ImportConfig], Source]] = {
+    "images": _images, "nuscenes": _nuscenes, "webdataset": _webdataset, "mcap": _mcap,
+}
+
+
+def _of_logs(source: Path, logs: Sequence[Path], rules: Rules) -> Iterator[Drive]:
+    for path in logs:
         name = path.stem if path == source else path.relative_to(source).with_suffix("").as_posix()
         yield from mcap_drives(path, rules, name)
 
 
-def _build(draft: Draft, config: ImportConfig) -> None:
+def _build(draft: Draft, config: ImportConfig, source: Source) -> None:
     said: dict[str, str | None] = {}
     with DatasetWriter(draft) as writer, progress("import") as bar:
-        for drive in _drives(config):
+        for drive in source.drives():
             if drive.id in said:
                 raise DataError(f"two recordings of it would be called {drive.id}", where=config.source,
                                 fix="Rename one; the samples of one sequence must follow each other")
@@ -151,8 +175,8 @@ def _build(draft: Draft, config: ImportConfig) -> None:
         splits = _splits(config, sequences, said)
         refuse_leaks(sequences, splits, config.source)
         writer.close(splits)
-    if config.format == "images":
-        draft.write_json("classes.json", class_names(read_table(config.source, config.labels)))
+    if source.classes is not None:
+        draft.write_json("classes.json", source.classes)
 
 
 def _splits(config: ImportConfig, sequences: list[SequenceInfo], said: dict[str, str | None]) -> dict[str, list[str]]:
@@ -164,4 +188,10 @@ def _splits(config: ImportConfig, sequences: list[SequenceInfo], said: dict[str,
     if len(named) < len(said):
         raise DataError("says of some sequences which split they are in, but not of all", where=config.source,
                         found=f"{len(named)} of {len(said)}", fix="Name a split for every one, or for none")
-    return {split: [s.id for s in sequences if named[s.id] == split] for split in SPLITS}
+    found = {split: [s.id for s in sequences if named[s.id] == split] for split in SPLITS}
+    if empty := [split for split, ids in found.items() if not ids]:
+        # A set to evaluate on is worth importing, so it is no error; stages that want that split refuse it.
+        say(f"{config.source}: its own splits leave {' and '.join(empty)} empty"
+            + (": nothing can be trained on it" if "train" in empty else "")
+            + "; fmdeploy data split divides it anew")
+    return found

@@ -36,6 +36,7 @@ def plot_reliability(metric: str, models: Sequence[Bins]) -> Picture:
         counts.set_yscale("log")
         counts.set(xlabel="predicted probability", ylabel="count")
         counts.minorticks_off()
+        counts.yaxis.set_major_formatter("{x:g}")
         diagram.legend(loc="upper left")
         svg = to_svg(figure, name)
     said = ", ".join(f"{m.name} {m.error:.3f}" for m in models)

@@ -38,7 +38,7 @@ from fmdeploy.evaluate.report.tables import (
     split_rows,
 )
 from fmdeploy.evaluate.report.tensorrt import TensorRt, tensorrt_section
-from fmdeploy.evaluate.report.training import training_section
+from fmdeploy.evaluate.report.training import PaceRow, pace_rows, training_section
 from fmdeploy.evaluate.report.trouble import Trouble, trouble_section
 from fmdeploy.evaluate.report.verdict import Verdict, verdict_of
 from fmdeploy.optional import require
@@ -75,6 +75,7 @@ class Page:
     slice_rows: list[SliceRow]
     reliability: list[Picture] | str
     training: Picture | str
+    pace: list[PaceRow]
     probes: Probes | None
     precision: Precision | None
     tensorrt: TensorRt | str
@@ -131,6 +132,7 @@ def build_page(sources: Sources, title: str) -> Page:
         slice_rows=slice_rows,
         reliability=reliability_section(sources),
         training=training_section(sources),
+        pace=list(pace_rows(sources)),
         probes=probes_section(sources),
         precision=precision_section(sources),
         tensorrt=tensorrt_section(sources),

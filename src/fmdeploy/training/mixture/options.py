@@ -5,6 +5,7 @@ Legend: N samples.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from fmdeploy.arrays import Array
+from fmdeploy.arrays import Array, Arrays
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import InputPath, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
@@ -24,7 +25,7 @@ from fmdeploy.subset import Subset
 from fmdeploy.task import Samples, Task
 from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.mixture.joined import DOMAIN, Joined, replay_buffer
-from fmdeploy.training.mixture.rates import rates_of
+from fmdeploy.training.mixture.rates import rates_of, with_share
 from fmdeploy.training.mixture.recipe import MixtureRecipe, read_recipe
 from fmdeploy.training.mixture.sampler import MixtureSampler
 from fmdeploy.training.sampler import Index, Sampler, make_sampler
@@ -43,8 +44,9 @@ class MixtureConfig(StageConfig):
 
     @model_validator(mode="after")
     def _replay_needs_data(self) -> MixtureConfig:
-        if self.replay_samples is not None and not self.replay:
-            raise ValueError("replay_samples needs --replay")
+        for name in ("replay_share", "replay_samples"):
+            if name in self.model_fields_set and getattr(self, name) is not None and not self.replay:
+                raise ValueError(f"{name} needs --replay")
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -85,26 +87,49 @@ class Mixture:
         samples: Of all domains.
         rate_N: float64 (N,), mean 1; None where everything is seen equally often.
         importance: Whether the loss undoes the rates.
+        replay_share: Of all draws, those from old domains; None: there are none.
+        most: Bound on the rates where both sides have rates of their own; None: the recipe sets none.
     """
 
     samples: Samples
     rate_N: Array | None = None
     importance: bool = False
+    replay_share: float | None = None
+    most: float | None = None
 
     def sampler(self, batch: int, seed: int, index: Index | None = None) -> Sampler:
         """The order, of all samples or of those in `index`."""
         if self.rate_N is None:
             return make_sampler(self.samples, batch, seed, index)
         chosen = np.arange(len(self.samples)) if index is None else index
-        rate_N = self.rate_N[chosen]
+        rate_N = self._rates(self.rate_N, index)[chosen]
         return MixtureSampler(rate_N / rate_N.mean(), batch, seed, chosen, getattr(self.samples, "blocks", None))
 
     def labelled(self, share: float, seed: int) -> Index | None:
         """Numbers of the samples whose labels are used: `share` of the new domain's groups, and all old ones."""
         if share >= 1:
             return None
-        new = self.samples.parts[0] if isinstance(self.samples, Joined) else self.samples
-        return np.concatenate([labelled_index(new, share, seed), np.arange(len(new), len(self.samples))])
+        return np.concatenate([labelled_index(self.new, share, seed), np.arange(len(self.new), len(self.samples))])
+
+    def supervision(self, index: Index | None) -> dict[str, int]:
+        """How many samples of the new domain there are, and of how many the labels are used.
+
+        Args:
+            index: From `labelled`.
+        """
+        of = len(self.new)
+        return {"samples": of if index is None else int((index < of).sum()), "of": of}
+
+    @property
+    def new(self) -> Samples:
+        """Those of the new domain, which are the first ones."""
+        return self.samples.parts[0] if isinstance(self.samples, Joined) else self.samples
+
+    def batch(self, index: Index, among: Index | None = None) -> tuple[Arrays, Arrays]:
+        """Inputs and targets of the samples `index` (B,), with their weights in the loss; see `weights`."""
+        inputs, targets = self.samples.batch(index)
+        weights = self.weights(index, among)
+        return inputs, targets if weights is None else {**targets, WEIGHT: weights}
 
     def weights(self, index: Index, among: Index | None = None) -> Array | None:
         """float32 (B,) of the loss: 1 / rate where it is to stay that of the natural distribution, else None.
@@ -115,8 +140,17 @@ class Mixture:
         """
         if self.rate_N is None or not self.importance:
             return None
-        mean = 1.0 if among is None else float(self.rate_N[among].mean())
-        return np.asarray(mean / self.rate_N[index], np.float32)
+        rate_N = self._rates(self.rate_N, among)
+        mean = 1.0 if among is None else float(rate_N[among].mean())
+        return np.asarray(mean / rate_N[index], np.float32)
+
+    def _rates(self, rate_N: Array, among: Index | None) -> Array:
+        """Rates where only the samples `among` are drawn: fewer labels of the new domain do not change the shares."""
+        if self.replay_share is None or among is None or len(among) == len(rate_N) or among.min() >= len(self.new):
+            return rate_N
+        found_N = rate_N.copy()
+        found_N[among] = with_share(rate_N[among], among >= len(self.new), self.replay_share, self.most)
+        return found_N
 
 
 def mix(
@@ -134,7 +168,7 @@ def mix(
 
     Raises:
         ConfigError: axes or values that are nowhere, weights for an objective without labels, importance weights for a
-            task whose loss does not know them.
+            task whose loss does not know them, a share of replay that the recipe's bound does not allow.
     """
     recipe, samples = config.recipe(), task.samples(data, "train")
     if not labels and not recipe.is_natural and recipe.representation == "natural":
@@ -150,22 +184,18 @@ def mix(
     if replay:
         parts = {NEW: samples, **{f"old{k}": _buffer(config, task, old, seed) for k, old in enumerate(replay)}}
         samples = Joined(parts)
+        # Under the names that joined samples have, or no key of the metadata would be found.
+        sequences = [dataclasses.replace(sequence, id=f"{name}:{sequence.id}")
+                     for name, each in zip(parts, (data, *replay), strict=True) for sequence in each.sequences]
     rate_N = None if recipe.is_natural else rates_of(recipe, samples, sequences)
+    most = recipe.max_oversampling if recipe.is_bounded else None
     if replay:
-        rate_N = _with_share(rate_N, np.asarray(samples.slices[DOMAIN]), config.replay_share)
-    return Mixture(samples, rate_N, recipe.importance)
+        natural_N = np.ones(len(samples)) if rate_N is None else rate_N
+        rate_N = with_share(natural_N, np.asarray(samples.slices[DOMAIN]) != NEW, config.replay_share, most)
+    return Mixture(samples, rate_N, recipe.importance, config.replay_share if replay else None, most)
 
 
 def _buffer(config: MixtureConfig, task: Task, old: Dataset, seed: int) -> Samples:
     samples = task.samples(old, "train")
     return samples if config.replay_samples is None else Subset(
         samples, replay_buffer(samples, config.replay_samples, seed))
-
-
-def _with_share(rate_N: Array | None, domain_N: Array, share: float) -> Array:
-    """Rates such that the old domains together get `share` of the draws; within each side as before."""
-    rate_N = np.ones(len(domain_N)) if rate_N is None else rate_N.copy()
-    old_N = domain_N != NEW
-    for side, part in ((old_N, share), (~old_N, 1 - share)):
-        rate_N[side] *= part * len(domain_N) / rate_N[side].sum()
-    return rate_N

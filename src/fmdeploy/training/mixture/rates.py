@@ -69,14 +69,50 @@ def temperature_factors(axes: Sequence[Array], temperature: float) -> Array:
     return np.asarray((share_S ** (1 / temperature - 1))[stratum_N])
 
 
-def bounded(wanted_N: Array, most: float) -> Array:
-    """Rates in proportion to `wanted_N` as far as 1/most .. most allows, with mean 1.
+def with_share(rate_N: Array, old_N: Array, share: float, most: float | None) -> Array:
+    """Rates such that the old domains together get `share` of the draws; within each side in proportion to `rate_N`.
+
+    Args:
+        rate_N: Rates as the recipe wants them, mean 1.
+        old_N: Bool, which samples are of old domains; of both kinds there are some.
+        share: Of all draws.
+        most: Bound on the rates of all draws together, and its inverse below; None: there is none.
+
+    Raises:
+        ConfigError: a side's mean rate, which the share fixes, is outside the bounds.
+    """
+    found_N = rate_N.copy()
+    for name, side_N, part in (("old", old_N, share), ("new", ~old_N, 1 - share)):
+        mean = part * len(rate_N) / side_N.sum()
+        if most is None:
+            found_N[side_N] *= mean / rate_N[side_N].mean()
+            continue
+        if not 1 / most <= mean <= most:
+            raise ConfigError(
+                f"a replay share of {share:g} draws the {side_N.sum():,} {name} of {len(rate_N):,} samples "
+                f"{mean:.3g} times as often as naturally", where="mixture max_oversampling",
+                expected=f"{1 / most:.3g} .. {most:g}", fix=_ways_out(share, float(old_N.mean()), most))
+        found_N[side_N] = bounded(rate_N[side_N], most, mean)
+    return found_N
+
+
+def _ways_out(share: float, natural: float, most: float) -> str:
+    """What would make a share and a bound agree, where `natural` is the old domains' share of the samples."""
+    low, high = max(natural / most, 1 - (1 - natural) * most), min(natural * most, 1 - (1 - natural) / most)
+    nearest = np.ceil(low * 1e4) / 1e4 if share < low else np.floor(high * 1e4) / 1e4
+    means = (share / natural, (1 - share) / (1 - natural))
+    bound = np.ceil(max(*means, *(1 / mean for mean in means)) * 100) / 100
+    return f"Set max_oversampling = {bound:g} or more, or --replay-share {nearest:g}"
+
+
+def bounded(wanted_N: Array, most: float, mean: float = 1.0) -> Array:
+    """Rates in proportion to `wanted_N` as far as 1/most .. most allows, with the given mean, which lies between.
 
     The factor is found by bisection: the mean of the clipped rates grows with it.
     """
     low, high = 1.0 / (most * wanted_N.max()), most / wanted_N.min()
     for _ in range(STEPS):
         middle = np.sqrt(low * high)
-        low, high = (middle, high) if np.clip(middle * wanted_N, 1 / most, most).mean() < 1 else (low, middle)
+        low, high = (middle, high) if np.clip(middle * wanted_N, 1 / most, most).mean() < mean else (low, middle)
     rate_N = np.clip(high * wanted_N, 1 / most, most)
-    return np.asarray(rate_N / rate_N.mean())
+    return np.asarray(rate_N * (mean / rate_N.mean()))

@@ -43,6 +43,11 @@ class MixtureRecipe(BaseModel):
         flat = all(weight == 1 for values in self.weights.values() for weight in values.values())
         return flat and (self.temperature == 1 or not self.axes)
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether `max_oversampling` is to hold: some rate is asked for, or the bound itself is."""
+        return not self.is_natural or "max_oversampling" in self.model_fields_set
+
     def used_axes(self) -> tuple[str, ...]:
         """All axes that are named, each once."""
         return tuple(dict.fromkeys((*self.axes, *self.weights)))

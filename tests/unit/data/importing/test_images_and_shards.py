@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.importing import stage
+from fmdeploy.data.importing.images import read_table
 from fmdeploy.data.importing.pictures import decode_image
 from fmdeploy.data.importing.stage import import_data
 from fmdeploy.errors import ConfigError, DataError
@@ -69,6 +71,37 @@ def test_a_table_says_labels_sequences_splits_and_metadata(folder: Path, tmp_pat
     table = {f"car/{k}.png": "lorry" for k in range(6)}
     (tmp_path / "labels.json").write_text(json.dumps(table))
     assert len(load(tmp_path / "json", source=folder, format="images", labels=tmp_path / "labels.json").sequences) == 6
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_table_is_parsed_once_and_part_of_the_digest_wherever_it_lies(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    parsed: list[Path | None] = []
+
+    def spied(root: Path, table: Path | None) -> list[dict[str, Any]]:
+        parsed.append(table)
+        return read_table(root, table)
+
+    monkeypatch.setattr(stage, "read_table", spied)
+    table = (folder if inside else tmp_path) / "labels.json"
+    digests = []
+    for label in ("lorry", "tug"):
+        table.write_text(json.dumps({f"car/{k}.png": label if k == 0 else "car" for k in range(6)}))
+        digests.append(load(tmp_path / label, source=folder, format="images", labels=table).artifact.manifest.config["content"])
+    assert parsed == [table, table]
+    assert digests[0] != digests[1]
+
+
+def test_a_source_that_puts_nothing_into_train_is_told_at_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A set to evaluate on comes in, but whoever expected to train on it need not find out three stages later."""
+    (tmp_path / "labels.csv").write_text("file,label,split\n" + "".join(f"car/{k}.png,3,test\n" for k in range(6)))
+    data = load(tmp_path / "out", source=folder, format="images", labels=tmp_path / "labels.csv")
+    assert len(data.split("test")) == 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "leave train and val empty: nothing can be trained on it; fmdeploy data split" in line
 
 
 BAD_TABLES = {

@@ -98,6 +98,7 @@ BAD: dict[str, tuple[list[Message], str, str, str]] = {
     "object": ([odometry(0)], "json", "x=/odom:twist", "no number and no list of numbers"),
     "no json": ([("/odom", 0, b"{")], "json", "x=/odom:a", "a message is not JSON"),
     "shapes": ([("/odom", k * 0.2, {"a": [0] * (k + 1)}) for k in range(3)], "json", "x=/odom:a", "different shapes"),
+    "huge": ([("/odom", 0, b'{"a": 1' + b"0" * 400 + b"}")], "json", "x=/odom:a", "no number and no list of numbers"),
     "encoding": ([("/odom", 0, b"abc")], "smoke", "x=/odom:a", "an encoding that cannot be decoded.*smoke"),
 }
 
@@ -108,6 +109,18 @@ def test_bad_logs_are_told_and_nothing_is_written(tmp_path: Path, case: str) -> 
     path = write_log(tmp_path / "a.mcap", messages, encoding=encoding)
     with pytest.raises(DataError, match=message):
         load(path, tmp_path / "out", topic)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "found"), [("NaN", "nan"), ("-Infinity", "-inf"), ("1e39", r"1e\+39"), ("1e999", "inf")])
+def test_numbers_that_are_not_finite_are_refused_with_their_place(tmp_path: Path, number: str, found: str) -> None:
+    """JSON of robots has them, and ROS messages say "no return" with infinity: they would end in a training's loss."""
+    messages = [("/odom", k * 0.2, b'{"a": [0.5, %s]}' % (number if k == 3 else "1").encode()) for k in range(6)]
+    path = write_log(tmp_path / "a.mcap", messages)
+    said = rf"a\.mcap: /odom:a at 2026-03-31T00:00:00\.600000Z: .*not finite.*found {found}\).*Import another field"
+    with pytest.raises(DataError, match=said) as caught:
+        load(path, tmp_path / "out", "x=/odom:a")
+    assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from fmdeploy.data.audit import audit
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.importing import stage
+from fmdeploy.data.importing.nuscenes_tables import Tables, read_tables
 from fmdeploy.data.importing.stage import import_data
 from fmdeploy.errors import DataError, LeakageError
 from support.nuscenes_tables import write_nuscenes
@@ -39,6 +41,19 @@ def imported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     out = tmp_path_factory.mktemp("imported") / "data"
     import_data(source=source, format="nuscenes", out=out, val=0, test=0.5)
     return open_dataset(out)
+
+
+def test_the_tables_are_read_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the digest and for the drives alike: those of the full set take a minute to parse."""
+    read: list[Path] = []
+
+    def spied(root: Path, version: str | None) -> Tables:
+        read.append(root)
+        return read_tables(root, version)
+
+    monkeypatch.setattr(stage, "read_tables", spied)
+    import_data(source=source, format="nuscenes", out=tmp_path / "out", val=0, test=0.5)
+    assert read == [source]
 
 
 def key_frames(devkit: Any, scene: Any) -> list[Any]:

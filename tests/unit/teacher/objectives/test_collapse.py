@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fmdeploy.task import load_task
 from fmdeploy.teacher.objectives.base import CollapsedError
 from fmdeploy.teacher.objectives.collapse import (
     CollapseConfig,
@@ -15,6 +16,11 @@ from fmdeploy.teacher.objectives.collapse import (
     naming_checkpoint,
     spread,
 )
+from fmdeploy.teacher.objectives.jepa import Jepa
+from fmdeploy.teacher.objectives.mae import MaskedReconstruction
+from fmdeploy.teacher.objectives.pretraining import Pretraining
+from fmdeploy.teacher.objectives.registry import choose
+from support.training_data import TEACHER
 
 EACH_STEP = CollapseConfig(watch_every=1, patience=3)
 
@@ -137,3 +143,20 @@ def test_the_last_checkpoint_in_good_health_is_named(tmp_path: Path, healthy: in
     error.healthy_steps = healthy
     with pytest.raises(CollapsedError, match=said), naming_checkpoint(tmp_path):
         raise error
+
+
+def test_what_stopped_one_of_several_objectives_is_logged_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task("bev-occupancy")
+    sizes = {name: TEACHER[name] for name in ("dim", "depth", "heads", "stem_width", "width")}
+    choices = choose(["mae", "jepa"], ["mae.width=16", "mae.heads=2", "jepa.width=16", "jepa.heads=2"])
+    whole = Pretraining(task, task.teacher(sizes), choices, steps=4)
+
+    def collapse(*_: object) -> dict[str, torch.Tensor]:
+        raise CollapsedError("has collapsed", seen={"feature_std": torch.tensor(0.01)})
+
+    monkeypatch.setattr(Jepa, "after_step", collapse)
+    monkeypatch.setattr(MaskedReconstruction, "after_step", lambda *_: {"done": torch.tensor(1.0)})
+    with pytest.raises(CollapsedError) as caught:
+        whole.after_step(0)
+    assert {name: round(float(value), 3) for name, value in caught.value.seen.items()} == {
+        "mae.done": 1.0, "jepa.feature_std": 0.01}

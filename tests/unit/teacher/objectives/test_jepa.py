@@ -16,9 +16,11 @@ from fmdeploy.errors import ConfigError
 from fmdeploy.models.tokens import backbone_of
 from fmdeploy.task import load_task
 from fmdeploy.teacher.objectives.base import CollapsedError
-from fmdeploy.teacher.objectives.jepa import Jepa, JepaConfig, follow, standardised
+from fmdeploy.teacher.objectives.jepa import Jepa, JepaConfig, standardised
 from fmdeploy.teacher.objectives.predictor import blanked, places
+from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy
 from fmdeploy.teacher.train import train
+from fmdeploy.training.ema import WeightAverage
 from support.training_data import TEACHER, write_scenes
 
 SIZES = {key: TEACHER[key] for key in ("dim", "depth", "heads", "stem_width", "width")}
@@ -96,13 +98,22 @@ def test_the_target_moves_as_scheduled(decay: float, final: float) -> None:
         torch.testing.assert_close(new, decay * old + (1 - decay) * source)
 
 
-def test_decay_one_freezes_the_target_and_zero_copies_the_source() -> None:
-    target, source = nn.Linear(3, 3), nn.Linear(3, 3)
-    before = target.weight.clone()
-    follow(target, source, 1.0)
-    torch.testing.assert_close(target.weight, before, rtol=0, atol=0)
-    follow(target, source, 0.0)
-    torch.testing.assert_close(target.weight, source.weight, rtol=0, atol=0)
+def test_every_moving_average_is_the_same_arithmetic() -> None:
+    """Targets of JEPA and of self-distillation and the averaged weights of a run: the same bits."""
+    teacher, objective, _ = _jepa(steps=5, decay=0.9, final_decay=0.9)
+    backbone = backbone_of(teacher, where="")
+    copy, average = MovingCopy(backbone), WeightAverage(backbone, decay=0.9)
+    before = [p.clone() for p in backbone.parameters()]
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    objective.after_step(teacher, 0)
+    copy.follow(backbone, 0.9)
+    average.update(backbone, step=1000)
+    for number, (name, source) in enumerate(backbone.named_parameters()):
+        wanted = torch.lerp(before[number], source.detach(), 1 - 0.9)
+        for found in (objective.target.get_parameter(name), copy.module.get_parameter(name), average.values[name]):
+            assert torch.equal(found, wanted), name
 
 
 def test_the_target_is_part_of_the_checkpoint_and_not_of_what_is_trained() -> None:
@@ -178,3 +189,7 @@ def test_a_collapse_on_the_command_line_names_the_checkpoint_and_the_way_out(tmp
     with pytest.raises(CollapsedError, match=r"teacher: .*feature_std >= 0\.999.*checkpoint.*Start over"):
         train(set=settings, steps=20, **options)
     assert not (tmp_path / "t").exists()
+    log = [json.loads(line) for line in (tmp_path / ".t.partial/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [0, 1, 2], "the steps that led there are what one wants to see"
+    assert set(log[0]) == set(log[-1]) >= {"loss", "feature_std", "effective_rank"}
+    assert all(0 < record["feature_std"] < 0.999 for record in log)

@@ -58,6 +58,26 @@ def test_a_class_that_is_there_is_found_and_noise_is_at_chance(rung: type) -> No
     assert found.interval.n_groups == 16
 
 
+@pytest.mark.parametrize("rung", [Linear, Knn])
+def test_samples_of_unknown_class_teach_and_count_nothing(rung: type) -> None:
+    sets = Planted()
+    for split, label_N in sets.scene.items():
+        sets.scene[split] = np.where(np.arange(len(label_N)) % 4 == 0, -1, label_N)
+    seen = {split: np.concatenate([one_hot(np.maximum(label_N, 0), CLASSES), np.ones((len(label_N), 1))], 1)
+            for split, label_N in sets.scene.items()}
+    found = rung().measure(sets.bench(lambda split: (seen[split], None)))
+    assert value(found) == 1.0
+    assert found.interval.n_samples == 120
+
+
+@pytest.mark.parametrize(("label", "reason"), [
+    (-1, "no sample of val has a class label"), (9, "a class label of val is 9, and there are 4 classes")])
+def test_labels_that_are_no_classes_are_a_reason(label: int, reason: str) -> None:
+    sets = Planted()
+    sets.scene["val"][:] = label
+    assert measured(Linear(), sets.bench(nothing)).reason == reason
+
+
 def test_a_linear_probe_reads_what_is_linear_and_nothing_else() -> None:
     """The sign of a product of two features says nothing to a linear probe, though it is a function of them."""
     sets = Planted(counts={"train": 2000, "val": 400, "test": 1000})

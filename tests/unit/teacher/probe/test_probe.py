@@ -20,6 +20,8 @@ from fmdeploy.evaluate.report import report
 from fmdeploy.export.onnx import export_onnx
 from fmdeploy.manifest import Kind
 from fmdeploy.models import predictor
+from fmdeploy.models.additions import Addition, add
+from fmdeploy.models.factory import make_teacher
 from fmdeploy.models.saved import load_model, save_model
 from fmdeploy.quantize.quantize import quantize
 from fmdeploy.task import load_task
@@ -199,6 +201,47 @@ def test_the_random_network_is_the_same_architecture_and_depends_on_the_seed_alo
         n: v.shape for n, v in load_model(teacher).module.state_dict().items()}
 
 
+def test_an_imported_teacher_is_held_against_its_own_architecture(home: Path, tmp_path: Path) -> None:
+    values = {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 4, "num_channels": 3}
+    task = load_task("bev-occupancy")
+    module = add(make_teacher(task, "hf:", {"config": values}), [Addition(kind="adapter", options={"width": 2})])
+    artifact = seal(tmp_path / "imported", Kind.TEACHER, lambda draft: save_model(
+        draft, module, task="bev-occupancy", role="teacher", name="hf:", options={}, heads=False))
+    random = random_subject(artifact)
+    assert random is not None
+    assert random.module is not None
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    assert {name: value.shape for name, value in random.module.state_dict().items()} == shapes
+    rows = probe(model=artifact.root, data=home / "data", rungs=("linear",), **FEW).data
+    assert rows["linear"]["baseline"]["value"] is not None
+
+
+def test_a_layer_that_says_nothing_is_refused(home: Path) -> None:
+    with pytest.raises(ConfigError, match="with a token backbone are its tokens"):
+        run(home, "teacher", "linear", layer="trunk")
+    with pytest.raises(ConfigError, match="a BUNDLE has outputs only, and no layers"):
+        run(home, "bundle", "outputs", layer="trunk")
+
+
+def test_a_network_of_nan_has_a_reason_in_every_row(home: Path, tmp_path: Path) -> None:
+    loaded = load_model(open_artifact(home / "teacher"))
+    for value in loaded.module.parameters():
+        value.data.fill_(float("nan"))
+    spoilt = seal(tmp_path / "nan", Kind.TEACHER, lambda draft: save_model(
+        draft, loaded.module, task="bev-occupancy", role="teacher", name="", options=loaded.recipe.options))
+    found = probe(model=spoilt.root, data=home / "data", rungs=("outputs", *CHEAP, "few-shot"), few_shot_steps=2, **FEW)
+    assert found.exit_code == 1
+    assert {name: row["value"] for name, row in found.data.items()} == dict.fromkeys(("outputs", *CHEAP, "few-shot"))
+    assert "fine-tuning diverged" in found.data["few-shot"]["reason"]
+    assert "not finite" in found.data["linear"]["reason"]
+
+
+def test_the_table_says_where_an_interval_is_too_narrow(home: Path) -> None:
+    lines = run(home, "teacher", "outputs", "linear").lines
+    assert "Intervals from fewer than 6 simulations are too narrow: outputs, linear" in lines
+
+
 def test_the_report_shows_ladders_side_by_side_and_the_curve(home: Path, tmp_path: Path) -> None:
     for model in ("student", "quantized"):
         run(home, model, "outputs", "occupancy", "memory", out=tmp_path / model)
@@ -219,6 +262,14 @@ def test_a_curve_over_training_starts_untrained_and_ends_with_the_last_step(home
     for row in found.values():
         assert [point[0] for point in row["points"]] == [0, 2, 4]
         assert all(0 <= point[1] <= 1 for point in row["points"])
+
+
+def test_a_curve_of_one_val_simulation_has_a_reason_and_no_numbers(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "data", sequences=16)
+    found = train(data=tmp_path / "data", out=tmp_path / "teacher", steps=1, probe_every=1, **TEACHER)
+    for row in found.json("probes.json").values():
+        assert row["reason"] == "val has one simulation: none is left to judge by"
+        assert [point[1:] for point in row["points"]] == [[None, None, None]] * 2
 
 
 def test_probing_changes_no_weight_and_a_killed_run_ends_in_the_same_bytes(
