@@ -50,13 +50,14 @@ def cost_of(subject: Subject, config: StepConfig, *, processes: int = 1) -> dict
         refuse_scalars(whole)
     found = phases(subject, config, size)
     batch = sum(array.nbytes for arrays in subject.batch(whole, 1).values() for array in arrays.values()) * size
-    labels = any(choice.kind.needs_labels for choice in subject.choices) and not subject.samples.batch(np.zeros(1, np.int64))[1]
+    _, targets = subject.samples.batch(np.zeros(1, np.int64))
+    unknown = any(choice.kind.needs_labels for choice in subject.choices) and not targets
     return {
         "params": num_parameters(subject.teacher), "trainable": _trained(whole),
         "objectives": {name: _own(module) for name, module in whole.each().items()}, "processes": processes,
         "flops": _flops(found, config, size, pieces), "phases": [_phase(phase, size) for phase in found],
         "memory_mib": _memory(state_of(whole, config, processes), found, config, batch * WAITING),
-        "not_counted": [LIBRARIES, WORKSPACE, *([LABELS] if labels else [])],
+        "not_counted": [LIBRARIES, WORKSPACE, *([LABELS] if unknown else [])],
     }
 
 
@@ -79,7 +80,7 @@ def _flops(found: Sequence[Phase], config: StepConfig, size: int, pieces: int) -
 def _phase(phase: Phase, size: int) -> dict[str, Any]:
     return {"first": phase.first, "steps": phase.steps, "flops_per_sample": phase.share.total_flops / size,
             "activations_mib": round(phase.share.activation_bytes / MIB, 3),
-            "counted": "on two small steps, computed" if phase.computed else "on shapes alone"}
+            "counted": "on three small steps, computed" if phase.computed else "on shapes alone"}
 
 
 def _memory(state: State, found: Sequence[Phase], config: StepConfig, batches: int) -> dict[str, float]:

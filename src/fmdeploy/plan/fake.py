@@ -42,12 +42,6 @@ class Pass:
     total_flops: float
     activation_bytes: float
 
-    def towards(self, other: Pass, share: float) -> Pass:
-        """The pass on the straight line through this one (share 0) and `other` (share 1)."""
-        return Pass(*(one + share * (two - one) for one, two in (
-            (self.forward_flops, other.forward_flops), (self.total_flops, other.total_flops),
-            (self.activation_bytes, other.activation_bytes))))
-
 
 def measure_pass(module: nn.Module, loss: Callable[[], Tensor], precision: Precision, *, fake: bool = True) -> Pass:
     """Cost of the gradient of `loss()` by the parameters of `module`.

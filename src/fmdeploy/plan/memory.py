@@ -53,9 +53,12 @@ def state_of(model: nn.Module, config: StepConfig, processes: int) -> State:
     named = list(model.state_dict(keep_vars=True).values())
     whole = _sum(named, _bytes) * (2 if config.ema else 1) + MOMENTS * _sum(trained, _bytes)
     return State(
-        weights=_sum(parameters, held) + buffers, gradients=_sum(trained, held), optimizer=MOMENTS * _sum(trained, held),
+        weights=_sum(parameters, held) + buffers,
+        gradients=_sum(trained, held),
+        optimizer=MOMENTS * _sum(trained, held),
         average=sum(held(v) if v in parameters else _bytes(v) for v in named) if config.ema else 0,
-        gathered=_gathered(model) if sharded else 0, checkpoint=whole * (2 if sharded else 1),
+        gathered=_gathered(model) if sharded else 0,
+        checkpoint=whole * (2 if sharded else 1),
     )
 
 

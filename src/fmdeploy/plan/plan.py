@@ -139,7 +139,7 @@ def _cost_lines(data: Json, config: PlanConfig) -> Iterator[str]:
                                       for phase in data["phases"])
     yield from _memory_lines(data["memory_mib"], data["processes"])
     if any("computed" in phase["counted"] for phase in data["phases"]):
-        yield "  FLOPs and activations follow from two small steps that were computed"
+        yield "  FLOPs and activations follow from three small steps that were computed"
     yield f"  not counted: {'; '.join(data['not_counted'])}"
     if "data" in data:
         found = data["data"]

@@ -1,13 +1,14 @@
 """What the steps of a run cost: the very objectives of `teacher train`, run on shapes alone.
 
-Code that looks at its numbers, as some objectives' does, cannot run on shapes. Two small steps are then computed, and
-the cost of a share follows from the straight line through them.
+Code that looks at its numbers, as some objectives' does, cannot run on shapes. Three small steps are then computed, and
+the cost of a share follows from the parabola through them: nothing compares more than pairs of samples.
 
 Legend: B samples of one process's share.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from fmdeploy.teacher.objectives.registry import Choice
 from fmdeploy.training.config import Precision, StepConfig
 from fmdeploy.training.loop import Batch, Tensors, to_tensors
 
-FEW = (2, 4)  # samples of the steps that are computed; some operators take another way for one alone
+FEW = (2, 3, 4)  # samples of the steps that are computed; some operators take another way for one alone
 CPU = torch.device("cpu")
 
 
@@ -89,14 +90,21 @@ def _phase(subject: Subject, config: StepConfig, size: int, first: int, steps: i
         whole = subject.whole(config.steps)  # a fresh one: a pass leaves its traces in the objectives
         for objective in whole.each().values():
             objective.look_ahead(first)
-        small = subject.batch(whole, FEW[0] if fake else samples)
+        small = subject.batch(whole, min(samples, FEW[0]) if fake else samples)
         return _measured(whole, small, samples, config.precision, fake=fake)
 
     try:
         return Phase(first, steps, look(size, fake=True), computed=False)
     except LOOKED:
-        low, high = (look(few, fake=False) for few in FEW)
-        return Phase(first, steps, low.towards(high, (size - FEW[0]) / (FEW[1] - FEW[0])), computed=True)
+        return Phase(first, steps, _through([look(few, fake=False) for few in FEW], size), computed=True)
+
+
+def _through(passes: Sequence[Pass], size: int) -> Pass:
+    """The pass over `size` samples on the parabola through those over `FEW` (Lagrange's form)."""
+    parts = [math.prod((size - other) / (few - other) for other in FEW if other != few) for few in FEW]
+    fields = [(one.forward_flops, one.total_flops, one.activation_bytes) for one in passes]
+    return Pass(*(sum(part * value for part, value in zip(parts, values, strict=True))
+                  for values in zip(*fields, strict=True)))
 
 
 def _measured(whole: Pretraining, batch: Batch, size: int, precision: Precision, *, fake: bool) -> Pass:

@@ -21,9 +21,7 @@ from fmdeploy.teacher.objectives.worldmodel import WorldModelConfig
 CHUNK = 512
 
 
-def tokens_per_example(
-    task: Task, module: nn.Module, world: WorldModelConfig | None = None
-) -> dict[str, int]:
+def tokens_per_example(task: Task, module: nn.Module, world: WorldModelConfig | None = None) -> dict[str, int]:
     """What one example is to the network, in every unit that people count in.
 
     Args:
@@ -33,7 +31,8 @@ def tokens_per_example(
 
     Returns:
         `frames` of the past; `patches`, the tokens of the transformer (class token left out, 0 where there is no
-        such backbone); `cells` of the input maps; `codes` that the world model's tokeniser makes of the past frames; `targets`, cells of the dense outputs.
+        such backbone); `cells` of the input maps; `codes` that the world model's tokeniser makes of the past frames;
+        `targets`, cells of the dense outputs.
     """
     backbone = getattr(module, "backbone", None)
     patches = backbone.side**2 if isinstance(backbone, TokenBackbone) else 0

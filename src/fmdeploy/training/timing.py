@@ -1,8 +1,8 @@
 """How fast a run is and how much of its time it waits for data: told while it runs, and kept out of what it computes.
 
 `timing.jsonl` lies beside the checkpoints, so it is there to watch and goes when the artifact is sealed; the totals are
-said on stderr when it is over and are in the manifest under `environment.training`, which the report shows. They are not
-in `log.jsonl`: the log is part of an artifact's digest and must be the same in every run, and times are not.
+said on stderr when it is over and are in the manifest under `environment.training`, which the report shows. They are
+not in `log.jsonl`: the log is part of an artifact's digest and must be the same in every run, and times are not.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 TIMING_LOG = "timing.jsonl"
 TOO_LONG = 0.2  # share of a run that waits for data from which on advice is due
 WORTH_S = 1.0  # and seconds of it: the first batch of a short run always comes late
-ADVICE = ("reading and augmenting is slower than the network: put the data on a local disk, leave the loader's thread a "
-          "core (OMP_NUM_THREADS), or start more processes, each of which has a loader of its own")
+ADVICE = ("reading and augmenting is slower than the network: put the data on a local disk, leave a core to the "
+          "loader's thread (OMP_NUM_THREADS), or start more processes, each of which has a loader of its own")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_shapes_alone_say_what_a_computed_pass_says(precision: str, recompute: b
     module = task.teacher({**SMALL, "activation_checkpointing": recompute})
 
     def loss() -> torch.Tensor:
-        return torch.stack([value.float().sum() for value in module(*example_inputs(task.io, 2)).values()]).sum()
+        return torch.stack([value.float().sum() for value in module(*example_inputs(task.io, 2))]).sum()
 
     fake, real = (measure_pass(module, loss, precision, fake=fake) for fake in (True, False))  # type: ignore[arg-type]
     assert fake.forward_flops == real.forward_flops
@@ -81,8 +81,8 @@ def test_memory_and_flops_follow_the_run() -> None:
     one = plan(precision="fp32", batch=16, **SMALL).data
     parts = plan(precision="fp32", batch=16, accumulation=4, ema=0.99, **SMALL).data
     shared = plan(precision="fp32", batch=16, processes=2, **SMALL).data
-    assert parts["memory_mib"]["activations"] == pytest.approx(one["memory_mib"]["activations"] / 4, rel=0.01)
-    assert shared["memory_mib"]["activations"] == pytest.approx(one["memory_mib"]["activations"] / 2, rel=0.01)
+    assert parts["memory_mib"]["activations"] == pytest.approx(one["memory_mib"]["activations"] / 4, rel=0.02)  # constants that are kept do not shrink
+    assert shared["memory_mib"]["activations"] == pytest.approx(one["memory_mib"]["activations"] / 2, rel=0.02)
     assert parts["memory_mib"]["average"] == one["memory_mib"]["weights"]
     assert one["memory_mib"]["optimizer"] == pytest.approx(2 * one["memory_mib"]["gradients"], abs=0.01)
     assert one["flops"]["run"] == one["flops"]["per_sample"] * 16 * 800

@@ -94,6 +94,15 @@ def test_same_artifacts_give_the_same_bytes(parts: Parts, tmp_path: Path) -> Non
     assert write(parts, tmp_path / "a.html") == write(parts, tmp_path / "b.html")
 
 
+def test_the_share_of_a_training_that_waited_for_data_stands_by_its_curve(parts: Parts, tmp_path: Path) -> None:
+    text = write(parts, tmp_path / "report.html")
+    section = text[text.index('<section id="training">'):]
+    section = section[: section.index("</section>")]
+    assert section.count('<td class="n">200</td><td class="n">2.750</td><td class="n">3.71 %</td><td class="n">2</td>') == 3
+    alone = write(parts, tmp_path / "check.html", "data", "check")
+    assert "waited for data" not in alone
+
+
 def test_user_text_is_escaped(parts: Parts, tmp_path: Path) -> None:
     text = write(parts, tmp_path / "report.html")
     assert "A &lt;test&gt; &amp; more" in text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from fmdeploy.training.checkpoint import latest_checkpoint
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import make_accelerator, resolve_precision
-from fmdeploy.training.loop import Batch, DivergedError, Job, StoppedError, Tensors, fit
+from fmdeploy.training.loop import Batch, DivergedError, Job, StoppedError, Tensors, Timing, fit
 
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 1)).astype(np.float32)
 

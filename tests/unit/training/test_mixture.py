@@ -17,7 +17,7 @@ from fmdeploy.tasks.bev_occupancy import BevOccupancy
 from fmdeploy.training.losses import class_loss, soft_dice, weighted_bce
 from fmdeploy.training.mixture.joined import Joined, replay_buffer
 from fmdeploy.training.mixture.options import Mixture
-from fmdeploy.training.mixture.rates import bounded, rates_of, temperature_factors
+from fmdeploy.training.mixture.rates import bounded, rates_of, temperature_factors, with_share
 from fmdeploy.training.mixture.recipe import MixtureRecipe, read_recipe
 from fmdeploy.training.mixture.sampler import MixtureSampler, systematic_counts
 from fmdeploy.training.sampler import make_sampler
@@ -209,6 +209,50 @@ def test_few_labels_of_the_new_domain_leave_the_old_one_its_share(importance: bo
             assert weights[drawn >= 400].sum() / weights.sum() == pytest.approx(200 / (600 if among is None else 240), abs=0.02)
     old = np.arange(400, 600)
     assert mixture.sampler(24, 0, old).index(0).min() >= 400
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.1, 0.9), st.floats(2.0, 6.0))
+def test_the_bound_holds_over_all_draws_of_a_mixture_with_replay(seed: int, share: float, most: float) -> None:
+    rng = np.random.default_rng(seed)
+    old_N = np.arange(300) >= 200
+    rate_N = bounded(rng.lognormal(0, 1.5, 300), most)
+    if not (1 / most <= 3 * share <= most and 1 / most <= 1.5 * (1 - share) <= most):
+        with pytest.raises(ConfigError, match="times as often as naturally"):
+            with_share(rate_N, old_N, share, most)
+        return
+    found_N = with_share(rate_N, old_N, share, most)
+    assert found_N.mean() == pytest.approx(1.0)
+    assert found_N[old_N].sum() / 300 == pytest.approx(share)
+    assert found_N.max() <= most * 1.001
+    assert found_N.min() >= 1 / most / 1.001
+    for side_N in (old_N, ~old_N):
+        assert (np.diff(found_N[side_N][np.argsort(rate_N[side_N])]) >= -1e-9).all()
+
+
+def test_a_share_that_the_bound_does_not_allow_is_refused_with_a_way_out() -> None:
+    rate_N, old_N = np.ones(1000), np.arange(1000) >= 950
+    with pytest.raises(ConfigError, match=r"share of 0\.25 draws the 50 old of 1,000 samples 5 times as often") as caught:
+        with_share(rate_N, old_N, 0.25, 4.0)
+    assert "max_oversampling = 5 or more, or --replay-share 0.2" in str(caught.value)
+    assert with_share(rate_N, old_N, 0.25, 5.0).max() == pytest.approx(5.0)
+    assert with_share(rate_N, old_N, 0.2, 4.0).max() == pytest.approx(4.0)
+    assert with_share(rate_N, old_N, 0.25, None)[-1] == pytest.approx(5.0)  # replay alone, without a recipe
+
+
+def test_the_bound_of_a_recipe_holds_where_few_labels_are_drawn_from() -> None:
+    joined = Joined({"new": Toy(400), "old0": Toy(200, start=1000)})
+    rate_N = with_share(bounded(np.random.default_rng(0).lognormal(0, 1, 600), 3.0), np.arange(600) >= 400, 0.5, 3.0)
+    mixture = Mixture(joined, rate_N, replay_share=0.5, most=3.0)
+    index = mixture.labelled(0.25, seed=0)
+    assert index is not None
+    drawn = np.concatenate([mixture.sampler(len(index), 0, index).index(step) for step in range(100)])
+    seen = np.bincount(drawn, minlength=600)[index] / 100
+    assert seen.max() <= 3.05
+    assert (drawn >= 400).mean() == pytest.approx(0.5, abs=0.01)
+    none = mixture.labelled(0.01, seed=0)
+    with pytest.raises(ConfigError, match="times as often as naturally"):
+        mixture.sampler(16, 0, none)
 
 
 def test_weighted_losses_are_those_of_repeated_samples() -> None:
