@@ -57,6 +57,10 @@ def test_a_natural_mixture_changes_nothing(home: Path, tmp_path: Path) -> None:
     (tmp_path / "flat.toml").write_text("[weights.scenario]\nmerge = 1.0\n")
     plain, flat = run(home, tmp_path / "a"), run(home, tmp_path / "b", mixture=tmp_path / "flat.toml")
     assert plain.path("model.safetensors").read_bytes() == flat.path("model.safetensors").read_bytes()
+    for text in ("[weights.planet]\nmars = 1.0\n", 'axes = ["planet"]\n'):  # misspelled, though it would change nothing
+        (tmp_path / "odd.toml").write_text(text)
+        with pytest.raises(ConfigError, match="no sample has such an axis"):
+            run(home, tmp_path / "c", mixture=tmp_path / "odd.toml")
 
 
 def test_a_killed_run_goes_on_to_the_same_artifact(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,8 @@ def mix(
         # Under the names that joined samples have, or no key of the metadata would be found.
         sequences = [dataclasses.replace(sequence, id=f"{name}:{sequence.id}")
                      for name, each in zip(parts, (data, *replay), strict=True) for sequence in each.sequences]
-    rate_N = None if recipe.is_natural else rates_of(recipe, samples, sequences)
+    rates = rates_of(recipe, samples, sequences) if recipe.used_axes() else None  # also to refuse a misspelled axis
+    rate_N = None if recipe.is_natural else rates
     most = recipe.max_oversampling if recipe.is_bounded else None
     if replay:
         natural_N = np.ones(len(samples)) if rate_N is None else rate_N
