@@ -14,6 +14,8 @@ EXTRA_OF = {
     "peft": "train",
     "scipy": "train",
     "mcap": "import",
+    "mcap_protobuf": "import",
+    "mcap_ros2": "import",
     "webdataset": "import",
     "PIL": "import",
     "modelopt": "train",

@@ -15,8 +15,8 @@ import pytest
 BLOCKED = (
     "torch", "torchvision", "onnx", "onnxsim", "onnxscript", "modelopt", "tensorrt", "tensorrt_rtx", "torch_tensorrt",
     "transformers", "accelerate", "highway_env", "gymnasium", "pygame", "matplotlib", "jinja2", "openvino", "sklearn",
-    "webdataset", "timm", "peft", "mcap", "PIL", "nuscenes", "docker", "starlette", "uvicorn", "prometheus_client",
-    "model_signing", "cuda",
+    "webdataset", "timm", "peft", "mcap", "mcap_ros2", "mcap_protobuf", "PIL", "nuscenes", "docker", "starlette",
+    "uvicorn", "prometheus_client", "model_signing", "cuda",
 )
 # Modules whose purpose is torch or onnx. The device never imports them; each must really need one of the two.
 MAY_NEED_TRAINING = ("fmdeploy.models", "fmdeploy.training", "fmdeploy.teacher", "fmdeploy.distill",

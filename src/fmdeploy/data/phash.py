@@ -61,7 +61,7 @@ def phash(image_THW: Array) -> Array:
     _, height, width = image_THW.shape
     half_TKW = np.matmul(_cosines(height), image_THW.astype(np.float32))
     low_TKK = np.matmul(half_TKW, _cosines(width).T)
-    coefficient_TK = low_TKK.reshape(len(image_THW), -1)[:, 1:]
+    coefficient_TK = low_TKK.reshape(len(image_THW), COEFFICIENTS**2)[:, 1:]  # -1 means nothing where T is 0
     return np.asarray(coefficient_TK > np.median(coefficient_TK, axis=1, keepdims=True))
 
 

@@ -118,19 +118,37 @@ def _value(sequence: SequenceInfo, config: SplitRules) -> str:
 
 
 def tile_of(sequence: SequenceInfo, side_m: float) -> str:
-    """Name of the square tile that a sequence's `position` (latitude and longitude in degrees) lies in.
+    """Name of the square tile that a sequence lies in.
 
     Raises:
-        DataError: it has no such position.
+        DataError: its metadata says no position.
     """
-    position = sequence.metadata.get("position")
-    if not (isinstance(position, (list, tuple)) and len(position) == 2
-            and all(isinstance(x, (int, float)) and math.isfinite(x) for x in position) and abs(position[0]) <= 90):
-        raise DataError(f"sequence {sequence.id} has no 'position'", where="by geography", found=repr(position)[:40],
-                        expected="[latitude, longitude] in degrees, or a key 'geography'")
-    row = math.floor(position[0] * METRES_PER_DEGREE / side_m)
+    latitude, longitude = position_of(sequence)
+    row = math.floor(latitude * METRES_PER_DEGREE / side_m)
     parallel = math.cos(math.radians((row + 0.5) * side_m / METRES_PER_DEGREE))  # of the row: one for all its tiles
-    return f"{row}:{math.floor(position[1] * METRES_PER_DEGREE * parallel / side_m)}"
+    return f"{row}:{math.floor(longitude * METRES_PER_DEGREE * parallel / side_m)}"
+
+
+def position_of(sequence: SequenceInfo) -> tuple[float, float]:
+    """Latitude and longitude in degrees, as numbers or as the text of a table's cell.
+
+    They are `position`, [latitude, longitude] or "latitude longitude", or two keys of these names.
+
+    Raises:
+        DataError: the metadata has neither, or what it has is no place on Earth.
+    """
+    said = sequence.metadata.get("position")
+    if said is None and {"latitude", "longitude"} <= sequence.metadata.keys():
+        said = [sequence.metadata["latitude"], sequence.metadata["longitude"]]
+    parts = said.replace(",", " ").split() if isinstance(said, str) else said
+    try:
+        latitude, longitude = map(float, parts if isinstance(parts, (list, tuple)) else [])
+    except (TypeError, ValueError):
+        latitude = longitude = math.nan
+    if not (abs(latitude) <= 90 and math.isfinite(longitude)):
+        raise DataError(f"sequence {sequence.id} has no 'position'", where="by geography", found=repr(said)[:40],
+                        expected="[latitude, longitude] in degrees, two keys of these names, or a key 'geography'")
+    return latitude, longitude
 
 
 def _deal(sequences: Sequence[SequenceInfo], value_of: dict[str, str], config: SplitRules) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fmdeploy.evaluate.bootstrap import Interval, estimate
 from fmdeploy.evaluate.evaluation import Evaluation
-from fmdeploy.evaluate.metrics import Array, Arrays, Metric, sigmoid, softmax
+from fmdeploy.evaluate.metrics import Array, Arrays, Metric, sigmoid, softmax, target_of
 from fmdeploy.strictjson import finite_or_none
 from fmdeploy.task import Metric as AnyMetric
 
@@ -38,7 +38,7 @@ class Frequency(Metric):
 
     def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
         """Return (B, 3): summed probability, events that happened, chances to happen; unknown classes have none."""
-        logits, labels = np.asarray(outputs[self.output], np.float32), np.asarray(targets[self.target])
+        logits, labels = np.asarray(outputs[self.output], np.float32), np.asarray(target_of(targets, self.target))
         if logits.ndim == 2:
             label_B = labels.astype(np.int64)
             known = label_B >= 0

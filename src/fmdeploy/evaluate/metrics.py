@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from fmdeploy.errors import DataError
 
 Array = npt.NDArray[np.float64]
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -22,6 +25,20 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 OCCUPANCY_CHANNELS = (0, 1, 2, 3)
 DRIVABLE_CHANNELS = (4,)
 NUM_BINS = 15
+ValueT = TypeVar("ValueT")
+
+
+def target_of(targets: Mapping[str, ValueT], name: str) -> ValueT:
+    """One target of a batch.
+
+    Raises:
+        DataError: the samples lack it, as those of a data set without labels do.
+    """
+    if name not in targets:
+        raise DataError(f"the samples have no target {name!r}", where="data",
+                        found=", ".join(sorted(targets)) or "none",
+                        fix="Use a data set with labels, or an objective that needs none")
+    return targets[name]
 
 
 @dataclass
@@ -54,7 +71,7 @@ class Metric(ABC):
 def _planes(metric: Metric, channels: Sequence[int], outputs: Arrays, targets: Arrays) -> tuple[Array, Array]:
     """Select channels and flatten space: logits and labels as (B, C, H*W)."""
     logits_BCHW = outputs[metric.output][:, list(channels)]
-    labels_BCHW = targets[metric.target][:, list(channels)]
+    labels_BCHW = target_of(targets, metric.target)[:, list(channels)]
     flat = (*logits_BCHW.shape[:2], math.prod(logits_BCHW.shape[2:]))
     return logits_BCHW.reshape(flat), labels_BCHW.reshape(flat)
 
@@ -164,7 +181,7 @@ class Accuracy(Metric):
     def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
         """Return (B, 2): 1 where correct, and 1; NaN where a logit is not finite."""
         logits_BC = np.asarray(outputs[self.output], np.float32)
-        label_B = np.asarray(targets[self.target], np.int64)
+        label_B = np.asarray(target_of(targets, self.target), np.int64)
         correct = (logits_BC.argmax(axis=-1) == label_B).astype(np.float64)
         correct[~np.isfinite(logits_BC).all(axis=-1)] = np.nan
         return np.stack([correct, label_B >= 0], axis=1).astype(np.float64)
@@ -230,7 +247,7 @@ class TopLabelECE(CalibrationError):
 
     def statistics(self, outputs: Arrays, targets: Arrays) -> Array:
         """Return (B, 3M) with exactly one prediction a sample."""
-        chances_BC, label_B = softmax(outputs[self.output]), np.asarray(targets[self.target], np.int64)
+        chances_BC, label_B = softmax(outputs[self.output]), np.asarray(target_of(targets, self.target), np.int64)
         correct = chances_BC.argmax(axis=-1) == label_B
         counted: Array = _binned(chances_BC.max(axis=-1)[:, None], correct[:, None]) * (label_B >= 0)[:, None]
         return counted

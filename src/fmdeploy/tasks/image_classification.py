@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.evaluate.frequency import frequencies
-from fmdeploy.evaluate.metrics import Accuracy, TopLabelECE
+from fmdeploy.evaluate.metrics import Accuracy, TopLabelECE, target_of
 from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.task import Metric, Task
 
@@ -60,7 +60,7 @@ class ImageClassification(Task):
         """Cross entropy of logits (B, classes) against labels (B,)."""
         from fmdeploy.training.losses import class_loss
 
-        return class_loss(outputs["logits"], targets["label"], targets.get("sample_weight"))
+        return class_loss(outputs["logits"], target_of(targets, "label"), targets.get("sample_weight"))
 
     def distillation_loss(self, outputs: dict[str, Tensor], teacher_outputs: dict[str, Tensor]) -> Tensor:
         """KL divergence at temperature 2 (arXiv:1503.02531)."""

@@ -181,6 +181,14 @@ def test_plain_arrays_are_compared_too(tmp_path: Path) -> None:
         assert [leak["samples"] for leak in outcome.data] == [["train-0", "test-7"]]
 
 
+def test_images_of_one_colour_say_nothing_of_each_other(tmp_path: Path) -> None:
+    """A sequence may hold nothing else, such as a covered camera."""
+    image = np.zeros((8, 1, 16, 16), np.float32) + np.arange(8, dtype=np.float32)[:, None, None, None] / 8
+    write_arrays(tmp_path / "data", {"image": image}, {"train": np.arange(4), "test": np.arange(4, 8)})
+    found = audit(data=str(tmp_path / "data"))
+    assert (found.exit_code, found.data) == (0, [])
+
+
 def test_corrupt_datasets_are_refused(recording: Dataset, tmp_path: Path) -> None:
     import shutil
 

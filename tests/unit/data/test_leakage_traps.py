@@ -172,7 +172,8 @@ def test_tiles_keep_neighbours_together(recording: Dataset, plant: Plant, tmp_pa
         split(data=str(recording.artifact.root), out=str(tmp_path / "y"), by="geography")
 
 
-@pytest.mark.parametrize("position", [None, [48.0], ["a", 1.0], [float("nan"), 1.0], [91.0, 0.0]])
+@pytest.mark.parametrize("position", [None, [48.0], ["a", 1.0], [float("nan"), 1.0], [91.0, 0.0],
+                                      "48.0", "48.0 x", "nan 1", "1 2 3", {"x": 1}, [[1], 2]])
 def test_positions_that_are_none(position: object) -> None:
     with pytest.raises(DataError, match="has no 'position'"):
         tile_of(SequenceInfo("x", "shards/0.tar", 3, {"position": position}), 100.0)

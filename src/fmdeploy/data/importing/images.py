@@ -1,6 +1,6 @@
 """A folder of images with a table of labels: CSV, JSON, or one folder a class.
 
-The table's columns: `file` (relative to the folder), `label` (a class name or a number), and of choice `sequence`
+The table's columns: `file` (relative to the folder), and of choice `label` (a class name or a number), `sequence`
 (frames of one recording, in the order of the table), `split`, and anything else, which becomes metadata.
 """
 
@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fmdeploy.errors import DataError
 Row = dict[str, Any]
 OWN = ("file", "label", "sequence", "split")
 MAX_CLASSES = 100_000
+UNKNOWN = -1  # which losses and metrics of classes leave out
 NUMBER = re.compile(r"0|[1-9][0-9]*")
 
 
@@ -30,7 +32,7 @@ def read_table(root: Path, table: Path | None) -> list[Row]:
     """Rows of the table of labels; without one, the images below `root` labelled by their first folder.
 
     Raises:
-        DataError: a column is missing, a file is named twice, or there is nothing.
+        DataError: a row names no file, a file is named twice, or there is nothing.
     """
     rows = _folders(root) if table is None else _json(table) if table.suffix == ".json" else _csv(table)
     where = table or root
@@ -38,14 +40,19 @@ def read_table(root: Path, table: Path | None) -> list[Row]:
         raise DataError("names no images", where=where)
     seen: set[str] = set()
     for number, row in enumerate(rows, 2):
-        if not row.get("file") or row.get("label") in (None, ""):
-            raise DataError(f"row {number} has no file or no label", where=where, expected="columns file, label")
-        if not isinstance(row["file"], str) or not isinstance(row["label"], (str, int, float)):
+        if not row.get("file"):
+            raise DataError(f"row {number} has no file", where=where, expected="a column file")
+        if not isinstance(row["file"], str) or not isinstance(row.get("label"), (str, int, float, NoneType)):
             raise DataError(f"row {number}: the file is no text, or the label neither text nor a number", where=where)
         if row["file"] in seen:
             raise DataError(f"names {row['file']} twice", where=where)
         seen.add(str(row["file"]))
     return rows
+
+
+def is_labelled(row: Row) -> bool:
+    """Whether an image has a label."""
+    return row.get("label") not in (None, "")
 
 
 def _csv(table: Path) -> list[Row]:
@@ -76,12 +83,14 @@ def _folders(root: Path) -> list[Row]:
 
 
 def class_names(rows: Sequence[Row]) -> list[str]:
-    """All labels in order: whole numbers as they are (0 .. largest), names alphabetically.
+    """All labels in order: whole numbers as they are (0 .. largest), names alphabetically; nothing without labels.
 
     Raises:
         DataError: the largest number is no number of a class.
     """
-    labels = {str(row["label"]) for row in rows}
+    labels = {str(row["label"]) for row in rows if is_labelled(row)}
+    if not labels:
+        return []
     if not all(NUMBER.fullmatch(label) for label in labels):
         return sorted(labels)
     largest = max(labels, key=lambda label: (len(label), label))
@@ -96,6 +105,8 @@ def image_drives(
 ) -> Iterator[Drive]:
     """One drive a sequence of the table (or an image), with `image` float32 (T, C, H, W) and `label` int64 (T,).
 
+    The label is -1, unknown, where an image has none; there is no such array where no image has one.
+
     Raises:
         DataError: an image is missing or broken, frames of one sequence differ in size, split or metadata.
     """
@@ -107,9 +118,11 @@ def image_drives(
         images = [_image(root, str(row["file"]), size, channels) for row in members]
         if len({image.shape for image in images}) > 1:
             raise DataError(f"images of {name} differ in size", where=root, fix="Give --height and --width")
-        label = np.array([numbers[str(row["label"])] for row in members], np.int64)
-        yield Drive(safe_id(name), {"image": np.stack(images), "label": label}, _metadata(name, members),
-                    _split(name, members))
+        arrays = {"image": np.stack(images)}
+        if numbers:
+            arrays["label"] = np.array([numbers[str(row["label"])] if is_labelled(row) else UNKNOWN for row in members],
+                                       np.int64)
+        yield Drive(safe_id(name), arrays, _metadata(name, members), _split(name, members))
 
 
 def _image(root: Path, file: str, size: tuple[int, int] | None, channels: int) -> Any:

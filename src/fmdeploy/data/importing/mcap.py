@@ -1,44 +1,37 @@
-"""MCAP logs: chosen topics, decoded message by message, sampled at a steady rate.
-
-A topic is decoded by its message encoding: `json` here; `ros1`, `cdr` (ROS 2) and `protobuf` by the decoders of the
-packages mcap-ros1-support, mcap-ros2-support and mcap-protobuf-support where they are installed.
+"""MCAP logs: chosen topics, sampled at a steady rate, cut into drives.
 
 At each frame an array holds the newest message at or before it ("zero-order hold"), so nothing looks into the future; a
-frame for which some topic has none yet, or none younger than `max_age_s`, is left out, and a gap ends the drive.
+frame for which some topic has none yet, or none younger than `max_age_s`, is left out, and a gap ends the drive. A log
+is read once, in the order of its time: what is in memory at a time is one drive, and one message a topic.
 
 Legend: T frames.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import datetime
-import functools
-import importlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmdeploy.arrays import Array
-from fmdeploy.data.importing.drives import Drive, reason_of, safe_id
-from fmdeploy.data.importing.pictures import decode_image
-from fmdeploy.errors import ConfigError, DataError, FmdeployError
-from fmdeploy.optional import require
+from fmdeploy.arrays import Array, Arrays
+from fmdeploy.data.importing.drives import Drive, safe_id
+from fmdeploy.data.importing.mcap_clouds import Cloud, stack_clouds
+from fmdeploy.data.importing.mcap_log import Message, clock, messages_of, metadata_of
+from fmdeploy.data.importing.mcap_values import value_of
+from fmdeploy.errors import ConfigError, DataError
 
-DECODERS = {"ros1": "mcap_ros1.decoder", "cdr": "mcap_ros2.decoder", "protobuf": "mcap_protobuf.decoder"}
 NS = 1_000_000_000
 TIME = "time_ns"
-LARGEST = float(np.finfo(np.float32).max)
+COUNT = "_count"
+COLUMNS = "_columns"
 MAX_FRAMES = 20_000_000  # of one log: 46 days at 5 a second
 
 
 class Topic(NamedTuple):
-    """`NAME=/topic:field.path`: an array from one field of a topic's messages."""
+    """`NAME=/topic:field.path`: an array from one field of a topic's messages; `NAME=/topic`: from all of them."""
 
     name: str
     topic: str
@@ -52,10 +45,10 @@ class Topic(NamedTuple):
             ConfigError: it is not of that form.
         """
         name, equal, rest = text.partition("=")
-        topic, colon, field = rest.rpartition(":")
-        if not (name.isidentifier() and equal and topic and colon and field):
+        topic, colon, field = rest.rpartition(":") if ":" in rest else (rest, "", "")
+        if not (name.isidentifier() and equal and topic and bool(colon) == bool(field)):
             raise ConfigError("is no topic", where=f"topic {text!r}",
-                              expected="NAME=/topic:field, such as speed=/odom:twist.x")
+                              expected="NAME=/topic:field, such as speed=/odom:twist.x, or NAME=/topic")
         return cls(name, topic, field)
 
 
@@ -82,6 +75,8 @@ class Rules:
         max_age_s: Oldest message that a frame may show.
         size: (H, W) of images; None: as they are.
         channels: Of images.
+        cloud_points: Points kept of a cloud; None: as many as the fullest cloud of the drive has.
+        drive_s: Longest drive.
     """
 
     topics: tuple[Topic, ...]
@@ -89,6 +84,49 @@ class Rules:
     max_age_s: float
     size: tuple[int, int] | None
     channels: int
+    cloud_points: int | None = None
+    drive_s: float = 60.0
+
+
+class Moment(NamedTuple):
+    """One frame: its number since the first one of the log, its time, and the newest message of each topic."""
+
+    number: int
+    time_ns: int
+    newest: Mapping[str, Message]
+
+
+class Grid:
+    """The frames of a log, from the moment at which every topic has spoken."""
+
+    def __init__(self, path: Path, start_ns: int, rules: Rules) -> None:
+        self.path, self.start_ns = path, start_ns
+        self.step, self.max_age_ns = NS / rules.rate_hz, rules.max_age_s * NS
+        self._next = 0
+
+    def time(self, number: int) -> int:
+        """Of a frame, in ns; the sum in whole numbers: ns since 1970 do not fit the 53 bits of a float64."""
+        return self.start_ns + round(number * self.step)
+
+    def before(self, end_ns: int, newest: Mapping[str, Message]) -> Iterator[Moment]:
+        """The next frames, as far as they come before `end_ns` and no message is too old for them.
+
+        Raises:
+            DataError: they are too many.
+        """
+        end = int((end_ns - self.start_ns) / self.step) + 2
+        while end > 0 and self.time(end - 1) >= end_ns:
+            end -= 1
+        if end > MAX_FRAMES:
+            raise DataError("spans too long a time", where=self.path, expected=f"at most {MAX_FRAMES} frames",
+                            found=f"{(end_ns - self.start_ns) / NS:.0f} s",
+                            fix="Look for a wrong clock, or lower --rate-hz")
+        stale_ns = min(message.time_ns for message in newest.values()) + self.max_age_ns
+        for number in range(self._next, end):
+            if self.time(number) > stale_ns:
+                break
+            yield Moment(number, self.time(number), newest)
+        self._next = max(end, self._next)
 
 
 def mcap_drives(path: Path, rules: Rules, name: str) -> Iterator[Drive]:
@@ -100,154 +138,86 @@ def mcap_drives(path: Path, rules: Rules, name: str) -> Iterator[Drive]:
         name: Of the recording; logs of different folders may share a file name.
 
     Raises:
-        DataError: the log is damaged, lacks a topic or a field, or a field is no number, list or image.
+        DataError: the log is damaged, lacks a topic or a field, or a field is no number, list, image or point cloud.
         MissingDependencyError: a topic needs a decoder that is not installed.
     """
-    series = _read(path, rules)
-    decode = functools.partial(_array, rules=rules)
-    missing = [topic.topic for topic in rules.topics if not series[topic.name].times]
-    if missing:
-        raise DataError(f"has no messages of the topic {missing[0]}", where=path)
-    metadata = _metadata(path)
-    for number, times in enumerate(_stretches(series, rules, path)):
-        arrays = {name: each.at(times, decode, path) for name, each in series.items()}
-        yield Drive(safe_id(f"{name}-{number:03d}"), {**arrays, TIME: times},
-                    {"recording": name, "date": clock(times[0])[:10], "frames_per_second": rules.rate_hz, **metadata})
+    said = metadata_of(path)
+    for number, (moments, values) in enumerate(_stretches(path, rules)):
+        time_T = np.array([moment.time_ns for moment in moments], np.int64)
+        arrays, about = _stacked(values, rules, f"{path} from {clock(moments[0].time_ns)}")
+        metadata = {"recording": name, "date": clock(moments[0].time_ns)[:10], "first_frame": moments[0].number,
+                    "frames_per_second": rules.rate_hz, **about, **_position(arrays), **said}
+        yield Drive(safe_id(f"{name}-{number:03d}"), {**arrays, TIME: time_T}, metadata)
 
 
-@dataclass
-class Series:
-    """The values of one topic over time, as they were logged: an image takes twenty times as much once decoded."""
-
-    topic: Topic
-    times: list[int]
-    values: list[Any]
-
-    def newest(self, times: Array) -> Array:
-        """Number of the newest message at or before each time; -1 where there is none."""
-        return np.asarray(np.searchsorted(np.array(self.times), times, side="right") - 1)
-
-    def at(self, times: Array, decode: Callable[..., Array], path: Path) -> Array:
-        """The values (T, ...) at those messages, each decoded once.
-
-        Raises:
-            DataError: messages of one topic have different shapes, or cannot be decoded.
-        """
-        newest = self.newest(times).tolist()
-        where = f"{path}: {self.topic.topic}:{self.topic.field} at "
-        arrays = {k: decode(self.values[k], where=where + clock(self.times[k])) for k in dict.fromkeys(newest)}
-        found = [arrays[k] for k in newest]
-        if len({value.shape for value in found}) > 1:
-            raise DataError(f"messages of {self.topic.name} have different shapes", where="topic",
-                            found=" and ".join(sorted({str(value.shape) for value in found})[:2]))
-        return np.stack(found)
+Values = dict[str, list[Any]]
 
 
-def clock(time_ns: int) -> str:
-    """Nanoseconds since 1970 as UTC, such as `2026-03-31T00:00:01.250000Z`."""
-    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(microseconds=int(time_ns) // 1000)
-    return moment.isoformat(timespec="microseconds") + "Z"
+def _stretches(path: Path, rules: Rules) -> Iterator[tuple[list[Moment], Values]]:
+    """Frames that follow each other, at most `drive_s` of them, with what each topic says at each."""
+    moments: list[Moment] = []
+    values: Values = {topic.name: [] for topic in rules.topics}
+    longest = max(1, round(rules.drive_s * rules.rate_hz))
+    for moment in _moments(path, rules):
+        if moments and (moment.number != moments[-1].number + 1 or len(moments) == longest):
+            yield moments, values
+            moments, values = [], {topic.name: [] for topic in rules.topics}
+        for topic in rules.topics:
+            values[topic.name].append(_decoded(moment.newest[topic.topic], topic, rules))
+        moments.append(moment._replace(newest={}))
+    if moments:
+        yield moments, values
 
 
-def _read(path: Path, rules: Rules) -> dict[str, Series]:
-    series = {topic.name: Series(topic, [], []) for topic in rules.topics}
-    wanted = {topic.topic: [t for t in rules.topics if t.topic == topic.topic] for topic in rules.topics}
-    reader = require("mcap.reader")
-    try:
-        with path.open("rb") as stream:
-            made = reader.make_reader(stream, validate_crcs=True)
-            for schema, channel, message in made.iter_messages(topics=list(wanted)):
-                content = _decode(channel.message_encoding, schema, message.data, f"{path}: {channel.topic}")
-                for topic in wanted[channel.topic]:
-                    series[topic.name].times.append(message.log_time)
-                    series[topic.name].values.append(_value(content, topic, path))
-    except FmdeployError:
-        raise
-    except Exception as error:  # of mcap, struct, lz4 and zstandard alike: damage shows wherever it is met first
-        raise DataError(f"cannot be read as an MCAP log: {reason_of(error)}", where=path) from error
-    return series
+def _moments(path: Path, rules: Rules) -> Iterator[Moment]:
+    wanted = list(dict.fromkeys(topic.topic for topic in rules.topics))
+    newest: dict[str, Message] = {}
+    grid, last_ns = None, 0
+    for message in messages_of(path, wanted):
+        last_ns = message.time_ns
+        if grid is not None:
+            yield from grid.before(last_ns, newest)
+        newest[message.topic] = message
+        if grid is None and len(newest) == len(wanted):
+            grid = Grid(path, last_ns, rules)
+    if grid is None:
+        missing = next(topic for topic in wanted if topic not in newest)
+        raise DataError(f"has no messages of the topic {missing}", where=path)
+    yield from grid.before(last_ns + 1, newest)
 
 
-def _decode(encoding: str, schema: Any, content: bytes, where: str) -> Any:
-    """A message as nested dictionaries, lists or objects with attributes."""
-    if encoding == "json":
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise DataError(f"a message is not JSON: {error}", where=where) from error
-    if encoding not in DECODERS:
-        raise DataError("messages have an encoding that cannot be decoded", where=where, found=encoding,
-                        expected=", ".join(("json", *DECODERS)))
-    require(DECODERS[encoding].partition(".")[0])
-    decoder = importlib.import_module(DECODERS[encoding]).DecoderFactory().decoder_for(encoding, schema)
-    if decoder is None:
-        raise DataError("messages have a schema that cannot be decoded", where=where,
-                        found=getattr(schema, "name", "none"))
-    return decoder(content)
-
-
-def _value(content: Any, topic: Topic, path: Path) -> Any:
-    where = f"{path}: {topic.topic}"
-    value = content
-    for part in topic.field.split("."):
-        found = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
-        if found is None and isinstance(value, Sequence) and part.isdecimal() and int(part) < len(value):
-            found = value[int(part)]
-        if found is None:
-            raise DataError(f"messages have no field {topic.field!r}", where=where, found=_fields(value))
-        value = found
-    return value
-
-
-def _array(value: Any, rules: Rules, where: str) -> Array:
-    """Numbers and lists of numbers as float32; bytes, or text in base64, as an image."""
-    if isinstance(value, str):
-        try:
-            value = base64.b64decode(value, validate=True)
-        except binascii.Error as error:
-            raise DataError("a field is text, neither number, list nor image in base64", where=where,
-                            found=repr(value)[:40]) from error
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(value), rules.size, rules.channels, where=where)
-    try:
-        found = np.asarray(value, np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DataError("a field is no number and no list of numbers", where=where, found=repr(value)[:40]) from error
-    if (odd := found[~(np.abs(found) <= LARGEST)]).size:
-        raise DataError("a field holds a number that is not finite in float32", where=where, found=f"{odd[0]:g}",
-                        fix="Import another field, or the log without such messages")
-    return found.astype(np.float32)
-
-
-def _fields(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-
-
-def _stretches(series: Mapping[str, Series], rules: Rules, path: Path) -> Iterator[Array]:
-    """Times (T,) in ns of frames without a gap, one array a drive."""
-    start = max(each.times[0] for each in series.values())
-    end = max(each.times[-1] for each in series.values())
-    step = NS / rules.rate_hz
-    if (end - start) / step > MAX_FRAMES:
-        raise DataError("spans too long a time", where=path, expected=f"at most {MAX_FRAMES} frames",
-                        found=f"{(end - start) / NS:.0f} s", fix="Look for a wrong clock, or lower --rate-hz")
-    # The sum in whole numbers: nanoseconds since 1970 do not fit the 53 bits of a float64.
-    time_T = start + np.round(np.arange(int((end - start) / step) + 1) * step).astype(np.int64)
-    fresh_T = np.ones(len(time_T), bool)
-    for each in series.values():
-        age_T = time_T - np.array(each.times)[each.newest(time_T)]
-        fresh_T &= age_T <= rules.max_age_s * NS
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], fresh_T.astype(np.int8), [0]])))
-    for first, last in edges.reshape(-1, 2):
-        yield time_T[first:last]
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """What the log's metadata records say: later records win."""
-    with path.open("rb") as stream:
-        found: dict[str, Any] = {}
-        for record in require("mcap.reader").make_reader(stream).iter_metadata():
-            found |= dict(record.metadata)
+def _decoded(message: Message, topic: Topic, rules: Rules) -> Array | Cloud:
+    """What a topic says in a message, made once however many frames show it."""
+    if topic not in message.values:
+        message.values[topic] = value_of(message.content, topic.field, rules.size, rules.channels,
+                                         where=message.place(topic.field))
+    found: Array | Cloud = message.values[topic]
     return found
 
 
+def _stacked(values: Values, rules: Rules, where: str) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays (T, ...), and what the metadata says of them."""
+    arrays: Arrays = {}
+    about: dict[str, Any] = {}
+    for name, found in values.items():
+        cloud = isinstance(found[0], Cloud)
+        if len(kinds := {value.columns if isinstance(value, Cloud) else value.shape for value in found}) > 1:
+            raise DataError(f"messages of {name} have different {'columns' if cloud else 'shapes'}", where=where,
+                            found=" and ".join(sorted(map(str, kinds))[:2]))
+        if not cloud:
+            arrays[name] = np.stack(found)
+            continue
+        if name + COUNT in values:
+            raise DataError(f"{name + COUNT} is the number of points of {name}", where="topic",
+                            fix="Name that topic otherwise")
+        arrays[name], arrays[name + COUNT] = stack_clouds(found, rules.cloud_points)
+        about[name + COLUMNS] = list(found[0].columns)
+    return arrays, about
+
+
+def _position(arrays: Arrays) -> dict[str, list[float]]:
+    """Where the drive begins, where topics called latitude and longitude are read: `--by geography` goes by it."""
+    found = [arrays.get(name) for name in ("latitude", "longitude")]
+    if any(each is None or each.ndim != 1 for each in found):
+        return {}
+    return {"position": [round(float(each[0]), 6) for each in found if each is not None]}

@@ -49,6 +49,11 @@ def decode_image(content: bytes, size: tuple[int, int] | None, channels: int, *,
         raise DataError(f"cannot be read as an image: {reason_of(error)}", where=where) from error
 
 
+def pixel_planes(pixels: Array, size: tuple[int, int] | None, channels: int) -> Array:
+    """Pixels uint8 (H, W) or (H, W, 3), or uint16 (H, W), as `decode_image` gives them."""
+    return _planes(require("PIL.Image").fromarray(np.ascontiguousarray(pixels)), size, channels)
+
+
 def _planes(image: object, size: tuple[int, int] | None, channels: int) -> Array:
     resampling = require("PIL.Image").Resampling.BILINEAR
     mode = getattr(image, "mode", "")

@@ -15,7 +15,7 @@ from fmdeploy.command import command
 from fmdeploy.config import InputPath, Internal, OutputPath, Positional
 from fmdeploy.data.format import SPLITS
 from fmdeploy.data.importing.drives import Drive, content_digest
-from fmdeploy.data.importing.images import class_names, image_drives, read_table
+from fmdeploy.data.importing.images import UNKNOWN, class_names, image_drives, is_labelled, read_table
 from fmdeploy.data.importing.mcap import Rules, mcap_drives, parse_topics
 from fmdeploy.data.importing.nuscenes import nuscenes_drives
 from fmdeploy.data.importing.nuscenes_tables import TABLES, read_tables
@@ -46,9 +46,13 @@ class ImportConfig(SplitRules):
     height: int | None = Field(default=None, ge=1, le=8192, description="rows that images are resized to")
     width: int | None = Field(default=None, ge=1, le=8192, description="columns that images are resized to")
     channels: Literal[1, 3] = Field(default=3, description="of images: grey or RGB")
-    topic: tuple[str, ...] = Field(default=(), description="mcap: NAME=/topic:field, such as speed=/odom:twist.x")
+    topic: tuple[str, ...] = Field(default=(), description=(
+        "mcap: NAME=/topic:field, such as speed=/odom:twist.x, or NAME=/topic for images and point clouds"))
     rate_hz: float = Field(default=5.0, gt=0, le=1000, description="mcap: frames a second")
     max_age_s: float = Field(default=1.0, gt=0, description="mcap: oldest message that a frame may show")
+    drive_s: float = Field(default=60.0, gt=0, description="mcap: longest drive; longer ones are cut")
+    cloud_points: int | None = Field(default=None, ge=1, description=(
+        "mcap: points kept of a cloud; none: as many as the fullest of its drive has"))
     nuscenes_version: str | None = Field(default=None, description="nuscenes: folder of the tables, such as v1.0-mini")
     reference: str = Field(default="LIDAR_TOP", description="nuscenes: channel whose key frames give the ego's pose")
     points: bool = Field(default=True, description="nuscenes: read point clouds where they are")
@@ -122,10 +126,14 @@ def _images(config: ImportConfig) -> Source:
     root, table = config.source, config.labels
     rows = read_table(root, table)
     inside = table is not None and table.is_relative_to(root)
+    if bare := sum(not is_labelled(row) for row in rows):
+        say(f"{table}: {bare} of {len(rows)} images have no label"
+            + ("" if bare == len(rows) else f"; theirs is {UNKNOWN}, which losses and metrics leave out"))
     return Source(
         [*([table] if table is not None and inside else []), *(root / str(row["file"]) for row in rows)],
         lambda: image_drives(root, rows, size=config.size, channels=config.channels),
-        beside=() if table is None or inside else (table.resolve(),), classes=class_names(rows))
+        beside=() if table is None or inside else (table.resolve(),),
+        classes=class_names(rows) or None)
 
 
 def _nuscenes(config: ImportConfig) -> Source:
@@ -146,7 +154,8 @@ def _mcap(config: ImportConfig) -> Source:
     logs = [config.source] if config.source.is_file() else sorted(config.source.glob("**/*.mcap"))
     if not logs:
         raise DataError("holds no MCAP logs", where=config.source, expected="*.mcap")
-    rules = Rules(parse_topics(config.topic), config.rate_hz, config.max_age_s, config.size, config.channels)
+    rules = Rules(parse_topics(config.topic), config.rate_hz, config.max_age_s, config.size, config.channels,
+                  config.cloud_points, config.drive_s)
     return Source(logs, lambda: _of_logs(config.source, logs, rules))
 
 

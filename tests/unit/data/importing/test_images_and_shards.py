@@ -16,6 +16,7 @@ from fmdeploy.data.importing import stage
 from fmdeploy.data.importing.images import read_table
 from fmdeploy.data.importing.pictures import decode_image
 from fmdeploy.data.importing.stage import import_data
+from fmdeploy.data.split import split
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.tasks.image_classification import ImageClassification
 from support.tarshards import npy, shard
@@ -105,7 +106,7 @@ def test_a_source_that_puts_nothing_into_train_is_told_at_once(
 
 
 BAD_TABLES = {
-    "no label": ("file\ncar/0.png", "has no file or no label"),
+    "no file": ("name,label\ncar/0.png,1", "row 2 has no file"),
     "twice": ("file,label\ncar/0.png,1\ncar/0.png,2", "names car/0.png twice"),
     "absent": ("file,label\ncar/77.png,1", "77.png: is not a regular file"),
     "outside": ("file,label\n../secret.png,1", "leads out of the folder"),
@@ -125,6 +126,53 @@ def test_bad_tables_are_told_and_nothing_is_written(folder: Path, tmp_path: Path
     with pytest.raises(DataError, match=message):
         import_data(source=folder, format="images", labels=tmp_path / "labels.csv", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["file\ncar/0.png\ncar/1.png", "file,label\ncar/0.png,\ncar/1.png,  "])
+def test_a_table_without_labels_is_a_data_set_without_labels(folder: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "files.csv").write_text(text)
+    data = load(tmp_path / "out", source=folder, format="images", labels=tmp_path / "files.csv", val=0, test=0.5)
+    assert [list(data.arrays(sequence)) for sequence in data.sequences] == [["image"], ["image"]]
+    assert not (data.artifact.root / "classes.json").exists()
+    inputs, targets = ImageClassification().samples(data, "train").batch(np.arange(1))
+    assert (list(inputs), list(targets)) == (["image"], [])
+    logits, (accuracy, ece) = {"logits": np.zeros((1, 10), np.float32)}, ImageClassification().metrics()
+    asking: list[Callable[..., Any]] = [accuracy.statistics, ece.statistics, ImageClassification().events()[0].statistics,
+                                        ImageClassification().loss]
+    for asked in asking:
+        with pytest.raises(DataError, match="the samples have no target 'label' .found none.*an objective that needs none"):
+            asked(logits, targets)
+
+
+def test_images_without_labels_among_others_are_unknown_to_losses_and_metrics(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.csv").write_text("file,label,sequence\ncar/0.png,tug,a\ncar/1.png,,a\ncar/2.png,bus,a")
+    data = load(tmp_path / "out", source=folder, format="images", labels=tmp_path / "t.csv", val=0, test=0)
+    assert "1 of 3 images have no label; theirs is -1" in capsys.readouterr().err
+    label = data.arrays(data.sequences[0])["label"]
+    assert (label.tolist(), data.artifact.json("classes.json")) == ([1, -1, 0], ["bus", "tug"])
+    right = np.eye(10, dtype=np.float32)[[1, 0, 0]]
+    accuracy = ImageClassification().metrics()[0]
+    assert accuracy.statistics({"logits": right}, {"label": label}).sum(axis=0).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(("header", "place"), [
+    ("latitude,longitude", "{},{}"), ("position", "{} {}"), ("position", '"{}, {}"'),
+])
+def test_places_of_a_table_divide_it_by_geography(folder: Path, tmp_path: Path, header: str, place: str) -> None:
+    """Two images in each of three towns: cells are text, and a town stays together."""
+    rows = [f"car/{k}.png,3,{place.format(48.0 + k // 2, 11.5 + 1e-4 * (k % 2))}" for k in range(6)]
+    (tmp_path / "t.csv").write_text("\n".join([f"file,label,{header}", *rows]))
+    data = load(tmp_path / "out", source=folder, format="images", labels=tmp_path / "t.csv", by="geography",
+                tile_m=5000, val=0.33, test=0.33)
+    assert {name: len(ids) for name, ids in data.splits.items()} == {"train": 2, "val": 2, "test": 2}
+    for ids in data.splits.values():
+        one, other = (int(name.split("-")[1]) for name in ids)
+        assert one // 2 == other // 2
+    moved = split(data=data.artifact.root, out=tmp_path / "moved", by="geography", tile_m=5000, seed=1,
+                  val=0.33, test=0.33)
+    assert {len(ids) for ids in open_dataset(moved.root).splits.values()} == {2}
 
 
 def _fifo(path: Path) -> None:
