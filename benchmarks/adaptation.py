@@ -211,12 +211,13 @@ def compare_methods(options: argparse.Namespace, teacher: Artifact, source: Data
 
 
 def best_of(
-    rates: list[float], make: Callable[[float], Artifact], falls: Callable[[Artifact], float] = lambda run: 0.0
+    rates: list[float], make: Callable[[float], Artifact], falls: Callable[[Artifact], float] | None = None
 ) -> tuple[Artifact, float]:
-    """The run with the highest IoU on the target's val split among those that keep the source, and its rate."""
+    """The run with the highest IoU on the target's val split, and its rate; of those that keep the source, if asked."""
     made = [(make(rate), rate) for rate in rates]
-    fall = [falls(run) for run, _ in made]
-    print("    on val: " + ", ".join(f"lr {rate:g}: {_val_iou(run):.4f}, source {-100 * each:+.2f} %"
+    fall = [falls(run) if falls is not None else 0.0 for run, _ in made]
+    print("    on val: " + ", ".join(f"lr {rate:g}: {_val_iou(run):.4f}"
+                                     + (f", source {-100 * each:+.2f} %" if falls is not None else "")
                                      for (run, rate), each in zip(made, fall, strict=True)), flush=True)
     kept = [pair for pair, each in zip(made, fall, strict=True) if each <= FALL] or [made[fall.index(min(fall))]]
     return max(kept, key=lambda pair: _val_iou(pair[0]))

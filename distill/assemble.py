@@ -22,6 +22,7 @@ from fmdeploy.distill.resolution import require_any_resolution
 from fmdeploy.distill.sources import Sources, Teacher
 from fmdeploy.distill.statistics import Statistics, measure
 from fmdeploy.errors import ConfigError
+from fmdeploy.provenance import source_digest
 from fmdeploy.task import Array, Arrays, Samples
 from fmdeploy.teacher.features import CacheReader
 from fmdeploy.teacher.view import FEATURE, TeacherView
@@ -127,7 +128,8 @@ def _batches(config: DistillConfig, sources: Sources, options: Mapping[str, Mapp
 def _reader(teacher: Teacher, sources: Sources, samples: Samples) -> CacheReader:
     assert teacher.features is not None
     return CacheReader.open(teacher.features, teacher=teacher.artifact, data=sources.data.digest, split="train",
-                            samples=samples, preprocessing=sources.task.io.digest)
+                            samples=samples, preprocessing=sources.task.io.digest,
+                            task_source=source_digest(teacher.loaded.recipe.task))
 
 
 def _objective(

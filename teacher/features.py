@@ -39,7 +39,7 @@ class CacheReader:
 
     @classmethod
     def open(cls, artifact: Artifact, *, teacher: Artifact | str, data: str, split: str, samples: Samples,
-             preprocessing: str) -> CacheReader:
+             preprocessing: str, task_source: str | None = None) -> CacheReader:
         """Map the shards of `artifact`, if they are what this teacher says about these samples.
 
         Args:
@@ -49,16 +49,18 @@ class CacheReader:
             split: Which split is trained on.
             samples: Its samples.
             preprocessing: Digest of the task's `io`.
+            task_source: Hash of the code of a user's own task; None for a built-in one.
 
         Raises:
-            ArtifactError: it was made from another teacher, dataset, split or preprocessing; it is only a part; a
-                shard is not what the index says.
+            ArtifactError: it was made from another teacher, dataset, split, preprocessing or by other code of the task;
+                it is only a part; a shard is not what the index says.
         """
         digest = teacher if isinstance(teacher, str) else teacher.digest
         cache = _chosen(artifact, digest)
         wanted = {"data": data, "split": split, "preprocessing": preprocessing, "samples": digest_of_ids(samples)}
         for key, value in wanted.items():
             _require(artifact, key, value, getattr(cache.address, key))
+        _require(artifact, "code of the task", task_source or "none", cache.address.task_source or "none")
         return cls.of(artifact, cache)
 
     @classmethod

@@ -29,6 +29,7 @@ from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.errors import ArtifactError, DataError
 from fmdeploy.manifest import Kind, numbered_role
 from fmdeploy.progress import progress
+from fmdeploy.provenance import source_digest
 from fmdeploy.task import Array, Arrays, Samples, load_task
 from fmdeploy.teacher.caching.index import read_index
 from fmdeploy.teacher.features import CacheReader
@@ -94,7 +95,7 @@ def _source(config: ExportConfig, features: Artifact, data: Dataset) -> Source:
                         found=bad[0])
     readers = {numbered_role("teacher", number): CacheReader.open(
         features, teacher=cache.address.teacher, data=data.digest, split=split, samples=samples,
-        preprocessing=task.io.digest) for number, cache in enumerate(caches)}
+        preprocessing=task.io.digest, task_source=source_digest(config.task)) for number, cache in enumerate(caches)}
     return Source(samples, readers, split)
 
 

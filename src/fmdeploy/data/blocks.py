@@ -110,7 +110,7 @@ def _apart(array: Array) -> Array:
     On malloc's heap blocks that come and go lie between the buffers of a network, and the largest of those find no
     room any more: the heap grew by a third over 100,000 samples (`benchmarks/flat_memory.py`).
     """
-    pages = mmap.mmap(-1, max(1, array.nbytes))
+    pages = mmap.mmap(-1, max(1, array.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     found = np.frombuffer(pages, array.dtype, count=array.size).reshape(array.shape)
     np.copyto(found, array)
     return found

@@ -149,6 +149,15 @@ def refuse_leaks(sequences: Sequence[SequenceInfo], splits: Splits, where: objec
                            found=f"{len(found)} pair{'s' if len(found) > 1 else ''}")
 
 
+def simulation_of(sequence: SequenceInfo) -> str | None:
+    """What it was recorded from, by a name that tells it apart in any dataset.
+
+    None where it has none but its own: unrelated sets of arrays number their groups alike, and logs share file names.
+    """
+    name = sequence.metadata.get("simulation")
+    return None if name is None or sequence.id.endswith(str(name)) else str(name)
+
+
 def refuse_held_out(seen: Iterable[SequenceInfo], judged: Iterable[SequenceInfo], where: object) -> None:
     """Refuse to train on simulations that another dataset is judged on.
 
@@ -158,12 +167,12 @@ def refuse_held_out(seen: Iterable[SequenceInfo], judged: Iterable[SequenceInfo]
         where: The old one, for the message.
 
     Raises:
-        LeakageError: names the first pair. Sequences that name no simulation cannot be compared.
+        LeakageError: names the first pair. Where names tell nothing (`simulation_of`), `trained_on` compares bytes.
     """
-    known = {str(s.metadata["simulation"]): s for s in seen if "simulation" in s.metadata}
-    shared = [s for s in judged if str(s.metadata.get("simulation")) in known]
+    known = {name: s for s in seen if (name := simulation_of(s)) is not None}
+    shared = [s for s in judged if simulation_of(s) in known]
     if shared:
-        simulation = str(shared[0].metadata["simulation"])
+        simulation = str(simulation_of(shared[0]))
         raise LeakageError(f"holds {len(shared)} of the sequences that --data is judged on", where=where,
                            expected="other simulations",
                            found=f"{known[simulation].id} and {shared[0].id}: {simulation}",

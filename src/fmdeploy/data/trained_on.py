@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import InputPath, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.leakage import simulation_of
 from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import ConfigError, LeakageError
 from fmdeploy.manifest import Kind, Parent
@@ -55,10 +56,10 @@ def check_training_data(
 
     Raises:
         LeakageError: a simulation or a recording that they were trained on is in a held-out split of `data`.
-        ConfigError: a dataset was shown that none of them was trained on.
+        ConfigError: a dataset was shown that none of them was trained on, or the run's own.
     """
     foreign = {digest for source in sources for digest in _datasets(source.inputs)} - {data.digest}
-    known = {other.digest: other for other in (*given, *(_shown(path, foreign) for path in shown))}
+    known = {other.digest: other for other in (*given, *(_shown(path, foreign, data) for path in shown))}
     known = {digest: other for digest, other in known.items() if digest in foreign}
     held_out = _held_out(data) if known else []
     for other in known.values():
@@ -78,8 +79,11 @@ def _datasets(parents: Mapping[str, Parent]) -> Iterator[str]:
             yield from _datasets(parent.inputs)
 
 
-def _shown(path: Path, foreign: set[str]) -> Dataset:
+def _shown(path: Path, foreign: set[str], data: Dataset) -> Dataset:
     other = open_dataset(path)
+    if other.digest == data.digest:
+        raise ConfigError("is the dataset of this run, whose splits are disjoint", where=f"teacher_data {path}",
+                          expected="another dataset that a network was trained on", fix="Leave it out")
     if other.digest not in foreign:
         raise ConfigError("nothing that this run builds on was trained on this dataset", where=f"teacher_data {path}",
                           expected=" or ".join(digest[:12] for digest in sorted(foreign)) or "none",
@@ -103,9 +107,9 @@ def _held_out(data: Dataset) -> list[_HeldOut]:
 def _require_disjoint(other: Dataset, held_out: Sequence[_HeldOut]) -> None:
     """Compare by simulation, and by the bytes of each recording, which no new name hides."""
     trained = other.split("train") if other.splits.get("train") else ()
-    groups = {sequence.group for sequence in trained}
+    simulations = {simulation_of(sequence) for sequence in trained} - {None}
     contents = {content_digest(other, sequence) for sequence in trained}
-    same = [row for row in held_out if row.sequence.group in groups or row.content in contents]
+    same = [row for row in held_out if simulation_of(row.sequence) in simulations or row.content in contents]
     if same:
         first = same[0]
         raise LeakageError(
@@ -113,6 +117,20 @@ def _require_disjoint(other: Dataset, held_out: Sequence[_HeldOut]) -> None:
             where=other.artifact.root, found=f"{first.sequence.id} of {first.split}, simulation {first.sequence.group}",
             expected="none", fix="Take one that was trained on other simulations",
         )
+
+
+def refuse_same_bytes(old: Dataset, data: Dataset) -> None:
+    """Refuse to replay recordings that `data` holds out, of those whose name tells nothing (`simulation_of`).
+
+    Raises:
+        LeakageError: a recording in the train split of `old` has equal bytes.
+    """
+    nameless = [sequence for sequence in old.split("train") if simulation_of(sequence) is None]
+    seen = {content_digest(old, sequence) for sequence in nameless}
+    if same := [row for row in _held_out(data) if row.content in seen] if seen else []:
+        raise LeakageError(f"holds {len(same)} of the sequences that --data is judged on, byte for byte",
+                           where=old.artifact.root, found=f"{same[0].sequence.id} of {same[0].split}",
+                           expected="other recordings", fix="Split both alike")
 
 
 def content_digest(data: Dataset, sequence: SequenceInfo) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fmdeploy.data.blocks import BUDGET_BYTES
 from fmdeploy.errors import ConfigError
 from fmdeploy.models import num_parameters
 from fmdeploy.plan.memory import State, state_of
@@ -19,6 +20,7 @@ MIB = 2.0**20
 WAITING = 4  # batches that exist at once: one in use, two in the queue, one that is being made (training/loader.py)
 LIBRARIES = "the libraries themselves, some 300 MiB for torch on a CPU"
 WORKSPACE = "results that an operator frees again, and what processes send each other"
+KEPT = f"what stays decoded of the dataset, for bev-occupancy some {BUDGET_BYTES / MIB:.0f} MiB at most"
 LABELS = "the loss against labels, of which only a dataset knows the shape: --data counts it"
 
 
@@ -57,7 +59,7 @@ def cost_of(subject: Subject, config: StepConfig, *, processes: int = 1) -> dict
         "objectives": {name: _own(module) for name, module in whole.each().items()}, "processes": processes,
         "flops": _flops(found, config, size, pieces), "phases": [_phase(phase, size) for phase in found],
         "memory_mib": _memory(state_of(whole, config, processes), found, config, batch * WAITING),
-        "not_counted": [LIBRARIES, WORKSPACE, *([LABELS] if unknown else [])],
+        "not_counted": [LIBRARIES, WORKSPACE, KEPT, *([LABELS] if unknown else [])],
     }
 
 

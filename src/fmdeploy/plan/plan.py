@@ -26,6 +26,7 @@ from fmdeploy.training.config import StepConfig
 from fmdeploy.training.device import resolve_precision
 
 Json = dict[str, Any]
+FITTING = ("law", "flops", "draws", "seed", "confidence")  # options of --fit
 
 
 class PlanConfig(TeacherSizes, StepConfig):
@@ -47,10 +48,14 @@ class PlanConfig(TeacherSizes, StepConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> PlanConfig:
-        if self.flops is not None and self.fit is None:
-            raise ValueError("--flops needs --fit: the law comes from your own runs")
         if self.fit is not None and self.data is not None:
             raise ValueError("give either --fit or --data: they are two questions")
+        given = [name for name in type(self).model_fields if name in self.model_fields_set and name != "fit"
+                 and getattr(self, name) is not None]
+        if self.fit is None and (idle := [name for name in given if name in FITTING]):
+            raise ValueError(f"--{idle[0]} needs --fit: the law comes from your own runs")
+        if self.fit is not None and (idle := [name for name in given if name not in FITTING]):
+            raise ValueError(f"{idle[0]} is of a run to come, and --fit reads finished ones: leave it out")
         return self
 
 

@@ -108,8 +108,14 @@ def test_near_duplicates_are_taken_out_once(tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_fit_together() -> None:
-    with pytest.raises(ConfigError, match="--flops needs --fit"):
-        plan(flops=1e18)
+    for name, value in {"flops": 1e18, "law": "kaplan", "draws": 10, "seed": 1, "confidence": 0.9}.items():
+        with pytest.raises(ConfigError, match=f"--{name} needs --fit"):
+            plan(**{name: value})
+    for name, value in {"steps": 10, "objective": ["mae"], "processes": 2, "dim": 64}.items():
+        with pytest.raises(ConfigError, match=f"{name} is of a run to come, and --fit reads finished ones"):
+            plan(fit="runs.csv", **{name: value})
+    with pytest.raises(ConfigError, match="either --fit or --data"):
+        plan(fit="runs.csv", data="data")
     with pytest.raises(ConfigError, match="must be a multiple of heads"):
         plan(dim=33, heads=2)
     with pytest.raises(ConfigError, match="cannot be cut into equal parts"):

@@ -96,6 +96,7 @@ def test_what_is_not_counted_is_said(scenes: Path) -> None:
     answer = CliRunner().invoke(group, ["plan", "--dim", "32", "--heads", "2", "--depth", "1"])
     assert "not counted: " in answer.output
     assert "the loss against labels" in answer.output
+    assert "decoded of the dataset, for bev-occupancy some 64 MiB at most" in answer.output
     assert not [text for text in plan(data=scenes, **SMALL).data["not_counted"] if "labels" in text]
     computed = CliRunner().invoke(group, ["plan", "--objective", "selfdistill", "--dim", "32", "--heads", "2",
                                           "--depth", "1", "--steps", "2"])

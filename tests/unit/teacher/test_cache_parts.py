@@ -20,6 +20,7 @@ import torch
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.data.format import open_dataset
+from fmdeploy.distill.distill import distill
 from fmdeploy.errors import ArtifactError, ConfigError, DataError
 from fmdeploy.manifest import Kind
 from fmdeploy.models.saved import load_model
@@ -132,6 +133,12 @@ def test_an_edited_task_takes_nothing_from_an_older_cache(
         cache(out=tmp_path / "edited", **options)
     with pytest.raises(ArtifactError, match="already holds another artifact"):
         cache(out=tmp_path / "f", **options)
+    stale = r"stale or foreign: it was made from another code of the task \(expected [0-9a-f]{12}, found [0-9a-f]{12}\)"
+    with pytest.raises(ArtifactError, match=stale):
+        export(features=tmp_path / "f", data=home / "data", out=tmp_path / "tars", task="my_task_for_the_cache:MyTask")
+    with pytest.raises(ArtifactError, match=stale):
+        distill(data=home / "data", out=tmp_path / "s", teacher=tmp_path / "mine", features=tmp_path / "f", steps=1,
+                task="my_task_for_the_cache:MyTask")
     assert "task_source" not in open_artifact(home / "features").manifest.config
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.data.trained_on import check_training_data
 from fmdeploy.data.writer import DatasetWriter
 from fmdeploy.draft import Draft, produce
@@ -19,6 +21,7 @@ from fmdeploy.errors import ConfigError, LeakageError
 from fmdeploy.manifest import Kind, Parent
 from fmdeploy.teacher.adapt.adapt import adapt
 from fmdeploy.teacher.train import train
+from fmdeploy.training.mixture.options import open_replay
 from support.training_data import TEACHER, write_scenes
 
 FAST: dict[str, Any] = {"steps": 1, "batch": 4, "precision": "fp32"}
@@ -109,6 +112,8 @@ def test_a_dataset_that_nothing_was_trained_on_is_no_proof(home: Path, tmp_path:
         _adapt(home, "other", tmp_path / "a", teacher_data=home / "same")
     with pytest.raises(ConfigError, match=message):
         train(data=home / "data", out=tmp_path / "t", teacher_data=home / "other", steps=1, **TEACHER)
+    with pytest.raises(ConfigError, match="is the dataset of this run"):
+        _adapt(home, "other", tmp_path / "a", teacher_data=home / "data")
 
 
 def test_a_dataset_without_training_scenes_was_only_looked_at(home: Path, tmp_path: Path) -> None:
@@ -117,3 +122,26 @@ def test_a_dataset_without_training_scenes_was_only_looked_at(home: Path, tmp_pa
     parent = Parent(kind=Kind.DATASET, stage="data renamed", digest=looked_at.digest)
     source: Any = SimpleNamespace(inputs={"source_data": parent})
     assert check_training_data([source], data, [tmp_path / "d"]) == {looked_at.digest: "disjoint"}
+
+
+def _pictures(out: Path, rows: np.ndarray[Any, Any], seed: int) -> Path:
+    """A set of arrays, whose groups have no names but their numbers."""
+    rng = np.random.default_rng(seed)
+    arrays = {"image": rng.random((24, 3, 32, 32), np.float32)[rows], "label": rng.integers(0, 10, 24)[rows]}
+    return write_arrays(out, arrays, {"train": np.arange(12), "val": np.arange(12, 18), "test": np.arange(18, 24)}).root
+
+
+def test_arrays_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    """Each set numbers its groups from 0: numbers that agree say nothing, bytes that agree do."""
+    rows = np.arange(24)
+    data = open_dataset(_pictures(tmp_path / "data", rows, 0))
+    other, turned = _pictures(tmp_path / "other", rows, 1), _pictures(tmp_path / "turned", rows[::-1], 0)
+    parents = {name: Parent(kind=Kind.DATASET, stage="data arrays", digest=open_dataset(name).digest) for name in (other, turned)}
+    assert len(open_replay([other], data)) == 1
+    with pytest.raises(LeakageError, match="holds 12 of the sequences that --data is judged on, byte for byte"):
+        open_replay([turned], data)
+    unrelated: Any = SimpleNamespace(inputs={"data": parents[other]})
+    assert set(check_training_data([unrelated], data, [other]).values()) == {"disjoint"}
+    same: Any = SimpleNamespace(inputs={"data": parents[turned]})
+    with pytest.raises(LeakageError, match=LEAK.format(12)):
+        check_training_data([same], data, [turned])

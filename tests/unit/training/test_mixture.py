@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fmdeploy.subset import Subset
 from fmdeploy.task import Array, Arrays
 from fmdeploy.tasks.bev_occupancy import BevOccupancy
 from fmdeploy.training.losses import class_loss, soft_dice, weighted_bce
+from fmdeploy.training.mixture import options
 from fmdeploy.training.mixture.joined import Joined, replay_buffer
 from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.mixture.rates import bounded, rates_of, temperature_factors, with_share
@@ -238,6 +240,52 @@ def test_a_share_that_the_bound_does_not_allow_is_refused_with_a_way_out() -> No
     assert with_share(rate_N, old_N, 0.25, 5.0).max() == pytest.approx(5.0)
     assert with_share(rate_N, old_N, 0.2, 4.0).max() == pytest.approx(4.0)
     assert with_share(rate_N, old_N, 0.25, None)[-1] == pytest.approx(5.0)  # replay alone, without a recipe
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.25, 1.0), (0.99, 1e-6 + 1)])
+def test_a_bound_next_to_one_suggests_no_share_that_it_refuses(share: float, most: float) -> None:
+    rate_N, old_N = np.ones(51), np.arange(51) >= 40
+    with pytest.raises(ConfigError, match=r"Set max_oversampling = [\d.]+ or more\.?$"):
+        with_share(rate_N, old_N, share, most)
+
+
+@pytest.mark.parametrize("count", range(1, 50))
+def test_the_natural_share_is_within_any_bound(count: int) -> None:
+    """Out of which rounding took some of them."""
+    rate_N, old_N = np.ones(49 + count), np.arange(49 + count) >= 49
+    assert with_share(rate_N, old_N, count / (49 + count), 1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("importance", [False, True])
+def test_the_bound_of_a_recipe_holds_among_few_labels_without_replay(importance: bool) -> None:
+    """Of a quarter of the labels, all but one sample are among the rarest: they are most of what is drawn from."""
+    rate_N = bounded(np.repeat([0.01, 1.0, 100.0], [100, 299, 1]), 3.0)
+    mixture, index = Mixture(Toy(400), rate_N, importance, most=3.0), np.append(np.arange(99), 399)
+    drawn = np.concatenate([mixture.sampler(100, 0, index).index(step) for step in range(100)])
+    seen = np.bincount(drawn, minlength=400)[index] / 100
+    assert seen.max() <= 3.05
+    assert seen.sum() == pytest.approx(100)
+    weights = mixture.weights(drawn, index)
+    assert (weights is not None) == importance
+    assert weights is None or weights.mean() == pytest.approx(1.0, abs=0.01)
+
+
+def test_rates_of_few_labels_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch asks for its weights, and 100,000 rates are not bounded again for each."""
+    calls = []
+
+    def counting(*args: Any) -> Array:
+        calls.append(args)
+        return with_share(*args)
+
+    monkeypatch.setattr(options, "with_share", counting)
+    mixture = Mixture(Joined({"new": Toy(40), "old0": Toy(20, start=100)}), np.ones(60), True, replay_share=0.5)
+    first, second = np.arange(10, 60), np.arange(20, 60)
+    for among in (first, second) * 3:
+        mixture.batch(among[:4], among)
+        mixture.sampler(4, 0, among)
+    assert len(calls) == 2
+    assert mixture.weights(first, first) == pytest.approx(Mixture(mixture.samples, np.ones(60), True, 0.5).weights(first, first.copy()))
 
 
 def test_the_bound_of_a_recipe_holds_where_few_labels_are_drawn_from() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from fmdeploy.config import InputPath, StageConfig
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.leakage import refuse_held_out
 from fmdeploy.data.sequence import SequenceInfo
+from fmdeploy.data.trained_on import refuse_same_bytes
 from fmdeploy.errors import ConfigError
 from fmdeploy.subset import Subset
 from fmdeploy.task import Samples, Task
 from fmdeploy.training.labelled import labelled_index
 from fmdeploy.training.mixture.joined import DOMAIN, Joined, replay_buffer
-from fmdeploy.training.mixture.rates import rates_of, with_share
+from fmdeploy.training.mixture.rates import bounded, rates_of, with_share
 from fmdeploy.training.mixture.recipe import MixtureRecipe, read_recipe
 from fmdeploy.training.mixture.sampler import MixtureSampler
 from fmdeploy.training.sampler import Index, Sampler, make_sampler
@@ -71,6 +72,7 @@ def open_replay(paths: Sequence[Path], data: Dataset) -> tuple[Dataset, ...]:
     replay = tuple(open_dataset(path) for path in paths)
     for old in replay:
         refuse_held_out(old.split("train"), judged, old.artifact.root)
+        refuse_same_bytes(old, data)
     return replay
 
 
@@ -88,7 +90,7 @@ class Mixture:
         rate_N: float64 (N,), mean 1; None where everything is seen equally often.
         importance: Whether the loss undoes the rates.
         replay_share: Of all draws, those from old domains; None: there are none.
-        most: Bound on the rates where both sides have rates of their own; None: the recipe sets none.
+        most: Bound on the rates where only some samples are drawn from; None: the recipe sets none.
     """
 
     samples: Samples
@@ -96,6 +98,7 @@ class Mixture:
     importance: bool = False
     replay_share: float | None = None
     most: float | None = None
+    _known: dict[int, tuple[Index, Array]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def sampler(self, batch: int, seed: int, index: Index | None = None) -> Sampler:
         """The order, of all samples or of those in `index`."""
@@ -145,12 +148,21 @@ class Mixture:
         return np.asarray(mean / rate_N[index], np.float32)
 
     def _rates(self, rate_N: Array, among: Index | None) -> Array:
-        """Rates where only the samples `among` are drawn: fewer labels of the new domain do not change the shares."""
-        if self.replay_share is None or among is None or len(among) == len(rate_N) or among.min() >= len(self.new):
+        """Rates where only the samples `among` are drawn; kept, since every batch asks for those of the same ones."""
+        if among is None or len(among) == len(rate_N):
             return rate_N
-        found_N = rate_N.copy()
-        found_N[among] = with_share(rate_N[among], among >= len(self.new), self.replay_share, self.most)
-        return found_N
+        if id(among) not in self._known:  # `among` is kept beside them, so that no other array gets its number
+            found_N = rate_N.copy()
+            found_N[among] = self._rates_among(rate_N[among], among)
+            self._known[id(among)] = (among, found_N)
+        return self._known[id(among)][1]
+
+    def _rates_among(self, rate_N: Array, among: Index) -> Array:
+        """Fewer labels of the new domain change neither the old ones' share of the draws nor what bounds the rates."""
+        old_N = among >= len(self.new)
+        if self.replay_share is not None and not old_N.all():
+            return with_share(rate_N, old_N, self.replay_share, self.most)
+        return rate_N if self.most is None else bounded(rate_N, self.most)
 
 
 def mix(
@@ -171,15 +183,7 @@ def mix(
             task whose loss does not know them, a share of replay that the recipe's bound does not allow.
     """
     recipe, samples = config.recipe(), task.samples(data, "train")
-    if not labels and not recipe.is_natural and recipe.representation == "natural":
-        raise ConfigError("objectives without labels learn at natural frequency", where="mixture",
-                          fix='Leave the mixture out, or set representation = "mixture" in it')
-    if recipe.importance and not labels:
-        raise ConfigError("importance weights belong to the loss against labels, and none is read", where="mixture",
-                          fix="Set importance = false in it")
-    if recipe.importance and not task.weighs_samples:
-        raise ConfigError("the task's loss takes no sample weights", where=f"task {task.name}",
-                          fix="Set weighs_samples = True in a task whose loss honours targets['sample_weight']")
+    _refuse_unused(recipe, task, labels=labels)
     sequences: list[SequenceInfo] = list(data.sequences)
     if replay:
         parts = {NEW: samples, **{f"old{k}": _buffer(config, task, old, seed) for k, old in enumerate(replay)}}
@@ -194,6 +198,19 @@ def mix(
         natural_N = np.ones(len(samples)) if rate_N is None else rate_N
         rate_N = with_share(natural_N, np.asarray(samples.slices[DOMAIN]) != NEW, config.replay_share, most)
     return Mixture(samples, rate_N, recipe.importance, config.replay_share if replay else None, most)
+
+
+def _refuse_unused(recipe: MixtureRecipe, task: Task, *, labels: bool) -> None:
+    """Refuse what the loss would not heed."""
+    if not labels and not recipe.is_natural and recipe.representation == "natural":
+        raise ConfigError("objectives without labels learn at natural frequency", where="mixture",
+                          fix='Leave the mixture out, or set representation = "mixture" in it')
+    if recipe.importance and not labels:
+        raise ConfigError("importance weights belong to the loss against labels, and none is read", where="mixture",
+                          fix="Set importance = false in it")
+    if recipe.importance and not task.weighs_samples:
+        raise ConfigError("the task's loss takes no sample weights", where=f"task {task.name}",
+                          fix="Set weighs_samples = True in a task whose loss honours targets['sample_weight']")
 
 
 def _buffer(config: MixtureConfig, task: Task, old: Dataset, seed: int) -> Samples:

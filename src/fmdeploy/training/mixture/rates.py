@@ -18,6 +18,7 @@ from fmdeploy.training.mixture.recipe import MixtureRecipe
 ABSENT = "none"
 LABELS_AT_ONCE = 256
 STEPS = 200  # halvings of an interval: more than a float64 can tell apart
+CLOSE = 1e-9  # share of a rate that rounding may cost
 
 
 def axis_values(samples: Samples, axis: str, sequences: Sequence[SequenceInfo]) -> Array:
@@ -87,7 +88,7 @@ def with_share(rate_N: Array, old_N: Array, share: float, most: float | None) ->
         if most is None:
             found_N[side_N] *= mean / rate_N[side_N].mean()
             continue
-        if not 1 / most <= mean <= most:
+        if not (1 - CLOSE) / most <= mean <= (1 + CLOSE) * most:
             raise ConfigError(
                 f"a replay share of {share:g} draws the {side_N.sum():,} {name} of {len(rate_N):,} samples "
                 f"{mean:.3g} times as often as naturally", where="mixture max_oversampling",
@@ -102,7 +103,8 @@ def _ways_out(share: float, natural: float, most: float) -> str:
     nearest = np.ceil(low * 1e4) / 1e4 if share < low else np.floor(high * 1e4) / 1e4
     means = (share / natural, (1 - share) / (1 - natural))
     bound = np.ceil(max(*means, *(1 / mean for mean in means)) * 100) / 100
-    return f"Set max_oversampling = {bound:g} or more, or --replay-share {nearest:g}"
+    fits = low <= nearest <= high and nearest > 0  # not where the bound is next to 1, and few shares agree with it
+    return f"Set max_oversampling = {bound:g} or more" + (f", or --replay-share {nearest:g}" if fits else "")
 
 
 def bounded(wanted_N: Array, most: float, mean: float = 1.0) -> Array:

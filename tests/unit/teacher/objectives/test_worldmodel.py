@@ -27,7 +27,6 @@ from fmdeploy.teacher.objectives.rollout import code_scores, next_logits, predic
 from fmdeploy.teacher.objectives.store import load_objective
 from fmdeploy.teacher.objectives.worldmodel import KIND, MIRROR_3, WorldModel, WorldModelConfig, constant_motion
 from fmdeploy.teacher.train import train
-from fmdeploy.training.batches import mirrored
 from support.blinking import SETTINGS, SIZES, write_blinking
 from support.processes import FMDEPLOY
 from support.training_data import write_scenes
@@ -217,7 +216,7 @@ def test_mirroring_turns_pictures_and_motion_alike(home: Home) -> None:
     assert model.unmirrored == {f"{KIND}.fixed"}
     assert set(fixed) == {"first", "blank", "draw"}
     kind = {"planes": drawn[KIND]["planes"], "motion": drawn[KIND]["motion"] + np.float32(0.25)}
-    turned = mirrored(model.task, {KIND: kind}, np.array([True, False, True, False]))[KIND]
+    turned = model.task.flip(kind, np.array([True, False, True, False]))
     assert (turned["planes"][0] == kind["planes"][0, :, :, ::-1]).all()
     assert (turned["planes"][1] == kind["planes"][1]).all()
     plain = drawn[KIND]["motion"]
