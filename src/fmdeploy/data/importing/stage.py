@@ -31,6 +31,10 @@ from fmdeploy.progress import progress, say
 
 Format = Literal["nuscenes", "images", "webdataset", "mcap"]
 RECORDED = ("nuscenes", "mcap")  # formats whose drives are parts of recordings
+OPTIONS_OF = {
+    "images": ("labels",), "mcap": ("topic", "rate_hz", "max_age_s", "drive_s", "cloud_points"),
+    "nuscenes": ("nuscenes_version", "reference", "points"),
+}
 
 
 class ImportConfig(SplitRules):
@@ -64,8 +68,10 @@ class ImportConfig(SplitRules):
             raise ValueError("give both height and width")
         if self.format == "mcap" and not self.topic:
             raise ValueError("an MCAP log needs at least one --topic NAME=/topic:field")
-        if self.labels is not None and self.format != "images":
-            raise ValueError("labels belong to a folder of images")
+        for owner, names in OPTIONS_OF.items():
+            given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+            if given and owner != self.format:
+                raise ValueError(f"{given[0]} is an option of --format {owner}, and this is {self.format}")
         return self
 
     @property

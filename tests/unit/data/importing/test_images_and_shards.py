@@ -272,7 +272,9 @@ def test_torn_shards_are_told(tmp_path: Path) -> None:
 
 def test_options_that_do_not_fit_the_format(tmp_path: Path) -> None:
     for options, message in (({"format": "mcap"}, "at least one --topic"), ({"format": "images", "height": 3}, "both height"),
-                             ({"format": "webdataset", "labels": tmp_path}, "labels belong")):
+                             ({"format": "webdataset", "labels": tmp_path}, "labels is an option of --format images"),
+                             ({"format": "images", "rate_hz": 2.0}, "rate_hz is an option of --format mcap"),
+                             ({"format": "mcap", "topic": ("a=/b:c",), "points": False}, "points is an option of --format nusc")):
         with pytest.raises(ConfigError, match=message):
             import_data(source=tmp_path, out=tmp_path / "out", **options)
     with pytest.raises(DataError, match="does not exist"):
