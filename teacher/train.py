@@ -128,36 +128,58 @@ def _start(config: TeacherConfig) -> Start:
     return Start(task, data, init, loaded, replay, check_training_data([init], data, config.teacher_data, replay))
 
 
+@dataclass(frozen=True)
+class Bench:
+    """A teacher about to be trained: its network and what builds that again, its objectives and its batches."""
+
+    module: nn.Module
+    options: dict[str, Any]
+    whole: Pretraining
+    batches: PretrainingBatches
+
+
+def _bench(config: TeacherConfig, start: Start) -> Bench:
+    module, options = start.module(config)
+    torch.manual_seed(config.seed)
+    whole = Pretraining(start.task, module, choose(config.objective, config.set), steps=config.steps)
+    mixture = mix(config, start.task, start.data, start.replay, config.seed, labels=whole.trains_heads)
+    index = mixture.labelled(config.labels, config.label_seed)
+    objectives = tuple(whole.each().values())
+    return Bench(module, options, whole, PretrainingBatches(start.task, mixture, config, index, objectives))
+
+
 def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
     with together():
-        module, options = start.module(config)
-        torch.manual_seed(config.seed)
-        whole = Pretraining(start.task, module, choose(config.objective, config.set), steps=config.steps)
-        mixture = mix(config, start.task, start.data, start.replay, config.seed, labels=whole.trains_heads)
-        index = mixture.labelled(config.labels, config.label_seed)
-        batches = PretrainingBatches(start.task, mixture, config, index, tuple(whole.each().values()))
-        curve = ProbeCurve.of(start.task, start.data, module, every=config.probe_every, steps=config.steps,
+        bench = _bench(config, start)
+        whole = bench.whole
+        curve = ProbeCurve.of(start.task, start.data, bench.module, every=config.probe_every, steps=config.steps,
                               folder=draft.path("work/probes"))
-        job = Job("teacher", whole, batches, losses=lambda model, batch: model(batch),
+        job = Job("teacher", whole, bench.batches, losses=lambda model, batch: model(batch),
                   after_step=curve.after(whole.after_step) if curve else whole.after_step,
                   folder=draft.path("work/teacher"), log=draft.path("log.jsonl"))
         with naming_checkpoint(job.folder):
             timing = fit(job, config)
         whole.release()
         if draft.is_main:
-            heads = whole.trains_heads or (start.loaded is not None and start.loaded.recipe.heads)
             draft.note(training=timing.as_note())
-            save_model(draft, module, task=config.task, role="teacher", name="", options=options, heads=heads)
-            save_objectives(draft, whole)
             write_curve(draft, parse_log(draft.path("log.jsonl")))
             if curve:
                 curve.write(draft)
-            draft.write_json("metrics.json", {
-                "params": num_parameters(module), "objective": whole.weights,
-                **({"teacher_data": start.elsewhere} if start.elsewhere else {}),
-                **({"labels": _supervision(mixture, index)} if whole.trains_heads else {}),
-                **(write_scores(draft, _logits(module, start.task, config), start.task, start.data) if heads else {}),
-            })
+            _write(draft, config, start, bench)
+
+
+def _write(draft: Draft, config: TeacherConfig, start: Start, bench: Bench) -> None:
+    """The network, what its objectives leave behind, and its numbers."""
+    module, whole, batches = bench.module, bench.whole, bench.batches
+    heads = whole.trains_heads or (start.loaded is not None and start.loaded.recipe.heads)
+    save_model(draft, module, task=config.task, role="teacher", name="", options=bench.options, heads=heads)
+    save_objectives(draft, whole)
+    draft.write_json("metrics.json", {
+        "params": num_parameters(module), "objective": whole.weights,
+        **({"teacher_data": start.elsewhere} if start.elsewhere else {}),
+        **({"labels": _supervision(batches.mixture, batches.index)} if whole.trains_heads else {}),
+        **(write_scores(draft, _logits(module, start.task, config), start.task, start.data) if heads else {}),
+    })
 
 
 def _logits(module: nn.Module, task: Task, config: TeacherConfig) -> Any:
