@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fmdeploy.artifact import Artifact
 from fmdeploy.data.format import Dataset
 from fmdeploy.evaluate.gates import Result, Row, not_measured
-from fmdeploy.manifest import Kind, Parent
+from fmdeploy.manifest import Parent, datasets_read
 
 NAME = "evaluation samples seen in training or calibration"
 TRAINING = "train"
@@ -53,13 +53,8 @@ def _other_divisions(bundle: Artifact, data: Dataset) -> list[str]:
     """Digests of datasets behind the bundle that divide recordings of `data` in another way."""
     own = {part.digest: _family(part) for part in _parts(data.artifact.parent())}
     family = {digest for each in own.values() for digest in each}
-    return [part.digest for part in _datasets(bundle.inputs) if part.digest not in own and family & _family(part)]
-
-
-def _datasets(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
-    """The datasets that something read, not those that they were made from."""
-    for parent in inputs.values():
-        yield from _parts(parent) if parent.kind is Kind.DATASET else _datasets(parent.inputs)
+    return [part.digest for read in datasets_read(bundle.inputs) for part in _parts(read)
+            if part.digest not in own and family & _family(part)]
 
 
 def _parts(dataset: Parent) -> Iterator[Parent]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -113,6 +114,15 @@ def request_key(kind: Kind, stage: str, config: dict[str, Any], inputs: dict[str
 def numbered_role(role: str, number: int) -> str:
     """Role of the artifact `number` (from 0) of several: `teacher`, `teacher2`, `teacher3` and so on."""
     return f"{role}{number + 1}" if number else role
+
+
+def datasets_read(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
+    """The datasets that something and its ancestors read, not what those were split or joined from."""
+    for parent in inputs.values():
+        if parent.kind is Kind.DATASET:
+            yield parent
+        else:
+            yield from datasets_read(parent.inputs)
 
 
 def unusable_name(name: str) -> str:

@@ -14,9 +14,7 @@ from fmdeploy.config import validate
 from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.manifest import Kind
 from fmdeploy.models import predictor
-from fmdeploy.models.additions import add
-from fmdeploy.models.factory import make_teacher
-from fmdeploy.models.saved import RECIPE, LoadedModel, Recipe, load_model
+from fmdeploy.models.saved import RECIPE, LoadedModel, Recipe, build_network, load_model
 from fmdeploy.models.tokens import TokenBackbone
 from fmdeploy.onnxfile.session import ort_predictor
 from fmdeploy.task import Task, load_task
@@ -98,11 +96,7 @@ def fresh_module(task: Task, recipe: Recipe, seed: int) -> nn.Module:
     """A new network by the recipe, its weights drawn from `seed`; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if recipe.role == "teacher":
-            module = make_teacher(task, recipe.name, recipe.options)
-        else:
-            module = task.student(recipe.name, recipe.options)
-        return add(module, recipe.added)
+        return build_network(task, recipe)
 
 
 def _recipe(artifact: Artifact) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from fmdeploy.iospec import IOSpec, TensorSpec
 from fmdeploy.quantize.samples import CalibrationSet, check_inputs, draw, refuse_overlap, remarks
 from fmdeploy.task import Arrays, load_task
 from support.fdti import Fdti
+from support.tarshards import shard
 
 IO = IOSpec(inputs=(TensorSpec(name="image", shape=(3, 8, 8), layout="CHW", value_range=(0.0, 1.0)),),
             outputs=(TensorSpec(name="logits", shape=(10,)),), preprocessing="scale to 0..1")
@@ -71,15 +71,6 @@ def test_M26_odd_samples_are_counted(fdti: Fdti) -> None:
         found = remarks(chosen(odd))
     assert found == ("1 of 8 samples of image are constant", "1 of 8 samples repeat another one",
                      "only 8 samples; ranges from fewer than 16 depend on which they are")
-
-
-def shard(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return path
 
 
 def npz(**arrays: Any) -> bytes:

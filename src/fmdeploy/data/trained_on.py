@@ -8,7 +8,7 @@ so the dataset itself must be shown to compare the two.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.leakage import simulation_of
 from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import ConfigError, LeakageError
-from fmdeploy.manifest import Kind, Parent
+from fmdeploy.manifest import datasets_read
 from fmdeploy.progress import say
 
 HELD_OUT = ("val", "test")
@@ -58,7 +58,7 @@ def check_training_data(
         LeakageError: a simulation or a recording that they were trained on is in a held-out split of `data`.
         ConfigError: a dataset was shown that none of them was trained on, or the run's own.
     """
-    foreign = {digest for source in sources for digest in _datasets(source.inputs)} - {data.digest}
+    foreign = {read.digest for source in sources for read in datasets_read(source.inputs)} - {data.digest}
     known = {other.digest: other for other in (*given, *(_shown(path, foreign, data) for path in shown))}
     known = {digest: other for digest, other in known.items() if digest in foreign}
     held_out = _held_out(data) if known else []
@@ -68,15 +68,6 @@ def check_training_data(
         say(f"a network in the lineage was trained on dataset {digest[:12]} too, which may hold scenes that this run "
             "is judged on: show it with --teacher-data to have it checked")
     return {digest: "disjoint" if digest in known else "not checked" for digest in sorted(foreign)}
-
-
-def _datasets(parents: Mapping[str, Parent]) -> Iterator[str]:
-    """Digests of what was read; not of what such a dataset was split or joined from, whose splits nobody trained on."""
-    for parent in parents.values():
-        if parent.kind is Kind.DATASET:
-            yield parent.digest
-        else:
-            yield from _datasets(parent.inputs)
 
 
 def _shown(path: Path, foreign: set[str], data: Dataset) -> Dataset:

@@ -89,17 +89,26 @@ def load_model(artifact: Artifact) -> LoadedModel:
             expected=task.io.digest[:12], found=recipe.io_digest[:12], fix="Train it again",
         )
     with torch.random.fork_rng(devices=[]):
-        if recipe.role == "teacher":
-            module = make_teacher(task, recipe.name, recipe.options)
-        else:
-            module = task.student(recipe.name, recipe.options)
-        add(module, recipe.added)
+        module = build_network(task, recipe)
     try:
         module.load_state_dict(load_file(artifact.path(WEIGHTS)))
     except RuntimeError as error:
         reason = str(error).replace("\n", " ")[:300]
         raise ModelFileError(f"weights do not fit the network: {reason}", where=artifact.path(WEIGHTS)) from error
     return LoadedModel(task, recipe, module.eval())
+
+
+def build_network(task: Task, recipe: Recipe) -> nn.Module:
+    """The network of a recipe, with what was added to it and first weights from the global generator.
+
+    Raises:
+        ConfigError: it cannot be built here.
+    """
+    if recipe.role == "teacher":
+        module = make_teacher(task, recipe.name, recipe.options)
+    else:
+        module = task.student(recipe.name, recipe.options)
+    return add(module, recipe.added)
 
 
 def require_heads(loaded: LoadedModel, where: object) -> LoadedModel:

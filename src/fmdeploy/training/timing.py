@@ -43,23 +43,26 @@ class Timing:
     sharding: str = "none"
 
     @property
+    def steps_per_s(self) -> float:
+        """Of the wall clock."""
+        return self.steps / self.seconds if self.seconds else 0.0
+
+    @property
     def wait_share(self) -> float:
         """Share of the wall clock spent waiting for data."""
         return self.waited_s / self.seconds if self.seconds else 0.0
 
     def sentence(self, title: str) -> str:
         """What to say of the run when it is over, with advice where it starved."""
-        rate = self.steps / self.seconds if self.seconds else 0.0
-        told = (f"{title}: {self.steps} steps in {self.seconds:.0f} s ({rate:.3g} a second); "
+        told = (f"{title}: {self.steps} steps in {self.seconds:.0f} s ({self.steps_per_s:.3g} a second); "
                 f"waited for data {self.wait_share:.1%} of the time")
         starved = self.wait_share > TOO_LONG and self.waited_s > WORTH_S
         return f"{told}: {ADVICE}" if starved else told
 
     def as_note(self) -> dict[str, float | str]:
         """Numbers for the environment part of a manifest."""
-        rate = self.steps / self.seconds if self.seconds else 0.0
-        return {"steps": self.steps, "steps_per_s": round(rate, 3), "data_wait_share": round(self.wait_share, 4),
-                "processes": self.processes, "sharding": self.sharding}
+        return {"steps": self.steps, "steps_per_s": round(self.steps_per_s, 3), "processes": self.processes,
+                "data_wait_share": round(self.wait_share, 4), "sharding": self.sharding}
 
 
 @dataclass
