@@ -92,7 +92,6 @@ def import_data(config: ImportConfig) -> Artifact:
         LeakageError: its own splits leak.
         MissingDependencyError: the format needs a package that is not installed.
     """
-    parse_topics(config.topic)  # before every byte is read
     source = _source(config)
     root = config.source if config.source.is_dir() else config.source.parent
     config = config.model_copy(update={"content": source.digest(root)})
