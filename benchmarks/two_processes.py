@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--what", default="teacher,student")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--loose", action="store_true", help="do not bind each process to a core of its own")
+    parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -82,21 +84,22 @@ def compare(what: str, folder: Path, options: argparse.Namespace) -> None:
 def apart(what: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Two runs of one process at the same time, each with half a batch; the slower one's numbers."""
     with ThreadPoolExecutor(2) as pool:
-        each = list(pool.map(lambda name: launch(what, 1, folder, options, name=name, batch=options.batch // 2), "ab"))
+        each = list(pool.map(lambda core: launch(what, 1, folder, options, core=core, batch=options.batch // 2), (0, 1)))
     return max(each, key=lambda row: row["step_s"])
 
 
 def launch(
-    what: str, processes: int, folder: Path, options: argparse.Namespace, *, name: str = "", batch: int | None = None
+    what: str, processes: int, folder: Path, options: argparse.Namespace, *, core: int = 0, batch: int | None = None
 ) -> dict[str, float]:
     """One run; what its first process measured."""
-    out = folder / f"{what}-{processes}{name}.json"
+    out = folder / f"{what}-{processes}-{core}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     if processes == 1:
         command = [sys.executable]
     subprocess.run(
         [*command, __file__, "--worker", what, str(folder), str(out), "--steps", str(options.steps), "--batch",
-         str(batch or options.batch), *(["--profile"] if options.profile else [])],
+         str(batch or options.batch), "--core", str(core), *(["--profile"] if options.profile else []),
+         *(["--loose"] if options.loose else [])],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=not options.profile, text=True)
     found: dict[str, float] = json.loads(out.read_text())
     return found
@@ -107,6 +110,8 @@ def work(options: argparse.Namespace) -> None:
     what, folder, out = options.worker
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if not options.loose:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[options.core + int(os.environ.get("RANK", "0"))]})
     task = load_task("bev-occupancy")
     mixture = Mixture(task.samples(open_dataset(Path(folder) / "data"), "train"))
     model = task.teacher({}) if what == "teacher" else task.student("cnn", {})
@@ -128,8 +133,8 @@ def work(options: argparse.Namespace) -> None:
     ready: list[Batch] = []  # the same batches in every run, made beforehand: the loader is measured elsewhere
 
     def batch(step: int, part: int) -> Batch:
-        if step >= len(ready):
-            ready.append(made(step, part))
+        if not ready:
+            ready.extend(made(number, 0) for number in range(config.steps))
         return ready[step]
 
     with tempfile.TemporaryDirectory() as work_folder:

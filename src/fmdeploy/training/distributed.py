@@ -1,15 +1,16 @@
-"""What must be summed over all processes so that two of them compute what one would.
-
-Legend: B batch, C channels, H W rows and columns, R processes.
-"""
+"""What must be summed over all processes so that two of them compute what one would."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fmdeploy.training.neighbours import Neighbours, meet
 
 
 def world() -> tuple[int, int]:
@@ -17,6 +18,57 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def add_up(x: Tensor) -> None:
+    """Replace `x`, contiguous, by its sum over all processes, bit for bit the same on each of them."""
+    if world()[1] == 1:
+        return
+    near = _neighbours() if x.device.type == "cpu" else None
+    if near is None:
+        dist.all_reduce(x)
+    else:
+        near.add_up(x)
+
+
+def _neighbours() -> Neighbours | None:
+    """Those of the present process group; it is asked once whether its processes share a machine."""
+    group = dist.group.WORLD
+    if _met["group"]() is not group:
+        _met.update(group=weakref.ref(group), found=meet())
+    found: Neighbours | None = _met["found"]
+    return found
+
+
+_met: dict[str, Any] = {"group": lambda: None, "found": None}
+
+
+def share_gradients(wrapped: nn.Module, *, buffers: bool) -> None:
+    """Let DistributedDataParallel average gradients by `add_up`, where the processes share a machine; in place.
+
+    Args:
+        wrapped: Left alone when it is anything else.
+        buffers: Whether every step must begin with the buffers of rank 0: where a process has some of its own.
+    """
+    if not isinstance(wrapped, DistributedDataParallel):
+        return
+    wrapped.forward_sync_buffers = buffers
+    on_cpu = all(parameter.device.type == "cpu" for parameter in wrapped.parameters())
+    if on_cpu and _neighbours() is not None:
+        wrapped.register_comm_hook(None, _averaged)
+
+
+def _averaged(_: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    """A communication hook."""
+    gradient = bucket.buffer()
+    add_up(gradient)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(gradient.div_(world()[1]))
+    return done
+
+
+# torch compares the annotations of a hook with types, and here they are names.
+_averaged.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -34,14 +86,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
+        total = x.clone(memory_format=torch.contiguous_format)
+        add_up(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        add_up(total)
         return total
 
 
@@ -50,80 +102,6 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     size = world()[1]
     if size == 1:
         return x
-    total = x.detach().clone()
-    dist.all_reduce(total)
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    add_up(total)
     return total / size
-
-
-def share_batch_norm(model: nn.Module) -> nn.Module:
-    """Let every BatchNorm2d of `model` use the statistics of the batch of all processes; in place.
-
-    `torch.nn.SyncBatchNorm` refuses CPU tensors, so gloo needs this one. Nothing changes on a single process.
-    """
-    if world()[1] > 1:
-        for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SharedBatchNorm2d
-    return model
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose mean and variance go over the batches of all processes (arXiv:1502.03167)."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalise `(B, C, H, W)`; outside training this is the ordinary BatchNorm."""
-        if not self.training:
-            return super().forward(x_BCHW)
-        y_BCHW, mean_C, var_C = _SharedNorm.apply(  # type: ignore[no-untyped-call]
-            x_BCHW.float(), self.weight, self.bias, self.eps)
-        count = x_BCHW.numel() / x_BCHW.shape[1] * world()[1]
-        self._follow(mean_C, var_C * (count / (count - 1)))
-        return y_BCHW.to(x_BCHW.dtype)  # type: ignore[no-any-return]
-
-    def _follow(self, mean_C: Tensor, var_C: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum  # None: mean of all
-        self.running_mean.lerp_(mean_C, share)
-        self.running_var.lerp_(var_C, share)
-
-
-class _SharedNorm(torch.autograd.Function):
-    """Normalises by mean and variance over all processes, which hold equally many samples.
-
-    The kernels are those of BatchNorm on one process; one message each way makes up for what the others hold. Each
-    process's own mean and variance are put together after Chan et al. (Stanford CS-79-773): sums of x and of its square
-    would cancel where the mean is large.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> tuple[Tensor, ...]:
-        own_2C = torch.stack(torch.batch_norm_update_stats(x_BCHW, None, None, 0.0))
-        rank, size = world()
-        all_R2C = own_2C.new_zeros(size, *own_2C.shape)
-        all_R2C[rank] = own_2C
-        dist.all_reduce(all_R2C)
-        means_RC, vars_RC = all_R2C.unbind(1)
-        mean_C = means_RC.mean(0)
-        var_C = vars_RC.mean(0) + (means_RC - mean_C).square().mean(0)
-        ctx.save_for_backward(x_BCHW, weight_C, mean_C, torch.rsqrt(var_C + eps))
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean_C, var_C)
-        y_BCHW = torch.nn.functional.batch_norm(x_BCHW, mean_C, var_C, weight_C, bias_C, training=False, eps=eps)
-        return y_BCHW, mean_C, var_C
-
-    @staticmethod
-    def backward(ctx: Any, dy_BCHW: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x_BCHW, weight_C, mean_C, inverse_C = ctx.saved_tensors
-        dx_BCHW, dweight_C, dbias_C = torch.ops.aten.native_batch_norm_backward(
-            dy_BCHW, x_BCHW, weight_C, None, None, mean_C, inverse_C, True, ctx.eps, [True, True, True])
-        # The kernel has taken away the means of dy and of dy * xhat over this process's samples, not over all.
-        own_2C = torch.stack([dbias_C, dweight_C]) / (x_BCHW.numel() / x_BCHW.shape[1])
-        total_2C = own_2C.clone()
-        dist.all_reduce(total_2C)
-        missed_2C = own_2C - total_2C / world()[1]
-        shift_C, slope_C = (missed_2C if weight_C is None else missed_2C * weight_C) * inverse_C
-        slope_C = slope_C * inverse_C
-        dx_BCHW.add_((shift_C - slope_C * mean_C)[:, None, None]).addcmul_(x_BCHW, slope_C[:, None, None])
-        return dx_BCHW, *((None, None) if weight_C is None else (dweight_C, dbias_C)), None

@@ -7,7 +7,7 @@ killed goes on from its last checkpoint to the very same weights, and two proces
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +22,13 @@ from fmdeploy.progress import Bar, progress, say
 from fmdeploy.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import make_accelerator, unwrap
-from fmdeploy.training.distributed import mean_over_ranks, share_batch_norm, world
+from fmdeploy.training.distributed import mean_over_ranks, share_gradients, world
 from fmdeploy.training.ema import WeightAverage
 from fmdeploy.training.loader import Prefetcher
 from fmdeploy.training.log import StepLog
 from fmdeploy.training.schedule import learning_rate, make_optimizer, set_rate
 from fmdeploy.training.sharding import Shards, flag_kept, sharding_plugin, whole
+from fmdeploy.training.shared_norm import keeps_own_statistics, share_batch_norm
 from fmdeploy.training.timing import TIMING_LOG, Stopwatch
 from fmdeploy.training.timing import Timing as Timing
 from fmdeploy.training.validation import BestState, Validation
@@ -70,6 +71,8 @@ class Job:
         validation: How it is judged on the way; the best state stays. None: the last one stays.
         after_step: Called with the step's number after each optimiser step; its scalars go to the log. It may raise
             a `StoppedError`.
+        resting: Parameters that a step does not train although their gradient is zero and not None: weight decay and
+            momentum leave them alone.
         told: Whether to say on stderr how fast it was and how long it waited for data.
     """
 
@@ -81,6 +84,7 @@ class Job:
     log: Path
     validation: Validation | None = None
     after_step: Callable[[int], Mapping[str, Tensor]] | None = None
+    resting: Callable[[int], Iterable[nn.Parameter]] | None = None
     told: bool = True
 
 
@@ -123,6 +127,7 @@ class Run:
         self.shards = Shards(self.model) if plugin is not None else None
         optimizer = make_optimizer(self.model, config)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        share_gradients(self.wrapped, buffers=keeps_own_statistics(self.model))
         if self.shards is not None:
             self.shards.cut(self.accelerator)
         average = WeightAverage(self.model, config.ema) if config.ema else None
@@ -205,6 +210,8 @@ class Run:
             for name, value in self._backward(take(), part).items():
                 parts[name] = parts.get(name, 0) + value.detach() / self.config.accumulation
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        for parameter in self.job.resting(step) if self.job.resting is not None else ():
+            parameter.grad = None
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.state.average is not None:

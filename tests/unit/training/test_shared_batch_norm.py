@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fmdeploy.training.distributed import SharedBatchNorm2d
+from fmdeploy.training.shared_norm import SharedBatchNorm2d
 
 
 @pytest.fixture
