@@ -84,7 +84,8 @@ def compare(what: str, folder: Path, options: argparse.Namespace) -> None:
 def apart(what: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Two runs of one process at the same time, each with half a batch; the slower one's numbers."""
     with ThreadPoolExecutor(2) as pool:
-        each = list(pool.map(lambda core: launch(what, 1, folder, options, core=core, batch=options.batch // 2), (0, 1)))
+        half = options.batch // 2
+        each = list(pool.map(lambda core: launch(what, 1, folder, options, core=core, batch=half), (0, 1)))
     return max(each, key=lambda row: row["step_s"])
 
 

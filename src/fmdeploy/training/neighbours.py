@@ -1,9 +1,9 @@
 """Sums over processes of one machine through shared memory.
 
 gloo sends through TCP sockets and threads of its own even between two processes of one machine: on two idle cores a sum
-of 128 numbers took 0.7 ms and now and then 4, against some 0.03 here (benchmarks/two_processes.py --sums). With a
-BatchNorm in every layer that is most of what a second process should gain. So every process writes into its own part of
-a mapped file, tells the others through sockets, and adds up all parts in the order of ranks: all get the same bits.
+of 128 numbers took 0.5 ms and every tenth 4, against 0.08 here (benchmarks/sums.py). With a BatchNorm in every layer
+that is most of what a second process should gain. So every process writes into its own part of a mapped file, tells the
+others through sockets, and adds up all parts in the order of ranks: all get the same bits.
 
 Legend: R processes.
 """
