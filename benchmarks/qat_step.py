@@ -34,7 +34,7 @@ from fmdeploy.models.saved import load_model
 from fmdeploy.quantize.calibrate import draw
 from fmdeploy.quantize.learned import training_quantizers
 from fmdeploy.quantize.ptq import ptq
-from fmdeploy.quantize.qad import teaching
+from fmdeploy.quantize.qad import school
 from fmdeploy.quantize.qat import Lesson, imitation
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.train import train
@@ -77,8 +77,9 @@ def arms(home: Path, student: str) -> dict[str, Any]:
     for name in ("QAT", "QAT imitating", "QAD", "QAD learned ranges"):
         made = ptq(loaded.module, loaded.task.io, calibration_set)
         if name.startswith("QAD"):
-            lesson = teaching(made, artifact, CONFIG, data=home / "data", teacher=home / "teacher",
-                              features=home / "features", task="bev-occupancy")
+            taught = school(artifact, CONFIG, data=home / "data", teacher=home / "teacher",
+                            features=home / "features", task="bev-occupancy")
+            lesson = taught.lesson(made)
         else:
             weights = (1.0, 0.0) if "imitating" in name else (0.0, 1.0)
             lesson = imitation(loaded.module, loaded.task, data, CONFIG, alpha_student=weights[0],

@@ -20,6 +20,7 @@ from fmdeploy.teacher.features import CacheReader
 from fmdeploy.training.batches import contiguous
 from fmdeploy.training.distributed import world
 from fmdeploy.training.loop import Batch
+from fmdeploy.training.mixture.draws import Draws
 from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.sampler import Index, Sampler, my_part
 
@@ -69,9 +70,14 @@ class DistillBatches:
     def samplers(self) -> tuple[Sampler | None, Sampler | None]:
         """The orders of the labelled samples and of all samples; None where a batch has none of them."""
         count, config = self.num_labelled, self.config
-        labelled = self.mixture.sampler(count, config.seed + LABELLED_STREAM, self.labelled) if count else None
-        rest = self.mixture.sampler(config.batch - count, config.seed) if count < config.batch else None
+        labelled = self.supervised.sampler(count, config.seed + LABELLED_STREAM) if count else None
+        rest = self.mixture.draws().sampler(config.batch - count, config.seed) if count < config.batch else None
         return labelled, rest
+
+    @cached_property
+    def supervised(self) -> Draws:
+        """What is drawn for its labels."""
+        return self.mixture.draws(self.labelled if self.num_labelled else None)
 
     @property
     def num_labelled(self) -> int:
@@ -92,7 +98,7 @@ class DistillBatches:
         index, labels = self._index(step, part)
         geometry = mine(self.augmentation.draw(config.batch, seed=config.seed, step=step), self.num_labelled, part,
                         config.accumulation)
-        inputs, targets = self.mixture.batch(index, self.labelled)
+        inputs, targets = self.supervised.batch(index)
         batch: Batch = {"inputs": inputs, "targets": {name: array[:labels] for name, array in targets.items()}}
         batch |= {f"teacher{number}": cache.batch(index) for number, cache in enumerate(self.caches)}
         seen = {"targets": pick(geometry, slice(labels))}

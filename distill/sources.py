@@ -14,7 +14,8 @@ from fmdeploy.manifest import Kind, numbered_role
 from fmdeploy.models.saved import LoadedModel, load_model
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.cache import cache
-from fmdeploy.training.mixture.options import open_replay, replay_inputs
+from fmdeploy.training.device import first_decides
+from fmdeploy.training.mixture.options import replay_inputs
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def sources_of(config: DistillConfig) -> Sources:
     Raises:
         ArtifactError: an input is not what it should be.
         ConfigError: a teacher or student of another task, or a teacher without heads asked for its logits.
-        LeakageError: a teacher saw what the student is judged on.
+        LeakageError: a teacher, or the student by replay, sees what the student is judged on.
     """
     task, data = load_task(config.task), open_dataset(config.data)
     teachers = tuple(_teacher(config, path, share) for path, share in config.teachers())
@@ -85,8 +86,8 @@ def sources_of(config: DistillConfig) -> Sources:
     init = open_artifact(config.init, Kind.STUDENT) if config.init else None
     start = _start(config, init) if init is not None else None
     seen = [teacher.artifact for teacher in teachers] + ([init] if init is not None else [])
-    replay = open_replay(config.replay, data)
-    elsewhere = check_training_data(seen, data, config.teacher_data, replay)
+    replay = tuple(open_dataset(path) for path in config.replay)
+    elsewhere = first_decides(lambda: check_training_data(seen, data, config.teacher_data, replay=replay))
     return Sources(task, data, _with_features(config, teachers), init, start, elsewhere, replay)
 
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fmdeploy.config import InputPath, OutputPath
+from fmdeploy.data.trained_on import TrainedOnConfig
 from fmdeploy.quantize.calibrators import Calibrator
 from fmdeploy.training.config import Precision, TrainingConfig
 
 
-class QuantizeConfig(TrainingConfig):
+class QuantizeConfig(TrainedOnConfig, TrainingConfig):
     """How the student is quantised. The training options matter for `qat` and `qad` only."""
 
     student: InputPath = Field(description="STUDENT")
@@ -49,7 +50,7 @@ class QuantizeConfig(TrainingConfig):
     def _fit_together(self) -> QuantizeConfig:
         if self.mode == "qad" and self.teacher is None:
             raise ValueError("qad needs the teacher that made the student: give --teacher, and --features if cached")
-        if self.mode != "qad" and (self.teacher or self.features):
+        if self.mode != "qad" and (self.teacher or self.features or self.teacher_data):
             raise ValueError("a teacher is for --mode qad")
         return self
 

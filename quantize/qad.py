@@ -8,6 +8,8 @@ away with the float training, and the quantised graph has no module that holds t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fmdeploy.artifact import Artifact
 from fmdeploy.distill.assemble import assemble
 from fmdeploy.distill.config import DistillConfig
 from fmdeploy.distill.losses.registry import LABELS, OUTPUT_LOSSES
-from fmdeploy.distill.sources import sources_of
+from fmdeploy.distill.sources import Sources, sources_of
 from fmdeploy.errors import ConfigError
 from fmdeploy.quantize.ptq import QuantisedStudent
 from fmdeploy.quantize.qat import Lesson
@@ -25,31 +27,47 @@ KEPT = ("labels", "label_seed", "labelled_share", "mirror", "augment")
 """Options of `distill` that the student keeps on learning with."""
 
 
-def teaching(
-    quantised: QuantisedStudent, student: Artifact, config: TrainingConfig, *, data: Path, teacher: Path,
-    features: Path | None, task: str,
-) -> Lesson:
-    """The lesson of QAD.
+@dataclass(frozen=True)
+class School:
+    """Where a quantised student goes on learning: what `distill` would be told, and what it opened."""
+
+    config: DistillConfig
+    sources: Sources
+
+    def lesson(self, quantised: QuantisedStudent) -> Lesson:
+        """What `quantised`, the student on its grid, is trained on.
+
+        Raises:
+            ArtifactError: the cache belongs to something else.
+        """
+        nowhere = self.config.data  # nothing is written: `qat` has a folder of its own
+        made = assemble(self.config, self.sources, folder=nowhere, log=nowhere, student=quantised.module)
+        return Lesson(made.job.batch, made.job.losses)
+
+
+def school(
+    student: Artifact, config: TrainingConfig, *, data: Path, teacher: Path, features: Path | None, task: str,
+    teacher_data: Sequence[Path] = (),
+) -> School:
+    """Open what QAD learns from.
 
     Args:
-        quantised: the student on its grid.
-        student: the STUDENT that it was made from; says which labels it saw.
+        student: the STUDENT that is quantised; says which labels it saw.
         config: steps, batch, rate, seed and precision.
         data: DATASET.
         teacher: TEACHER.
         features: FEATURES of that teacher; None runs it live.
         task: name of the task.
+        teacher_data: other DATASETs that the teacher was trained on.
 
     Raises:
         ConfigError: the teacher was trained for another task.
-        ArtifactError: the cache belongs to something else.
+        ArtifactError: an input is not what it should be.
+        LeakageError: the teacher was trained on what the student is judged on.
     """
-    options = _options(student, config)
     wanted = DistillConfig(data=data, out=data, teacher=(teacher,), features=(features,) if features else (),
-                           task=task, **options)
-    sources = sources_of(wanted)
-    made = assemble(wanted, sources, folder=data, log=data, student=quantised.module)
-    return Lesson(made.job.batch, made.job.losses)
+                           task=task, teacher_data=tuple(teacher_data), **_options(student, config))
+    return School(wanted, sources_of(wanted))
 
 
 def _options(student: Artifact, config: TrainingConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import DataError, GateError
 from fmdeploy.estimate.devices import device
 from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
-from fmdeploy.manifest import Kind, Parent
+from fmdeploy.manifest import Kind, Parent, learnt_from
 from fmdeploy.models.outputs import predictor
 from fmdeploy.models.saved import RECIPE, WEIGHTS, LoadedModel, load_model, require_heads
 from fmdeploy.quantize import calibrate
@@ -25,7 +25,7 @@ from fmdeploy.quantize.mixed import Mixed, mix
 from fmdeploy.quantize.placement import Request
 from fmdeploy.quantize.placementfile import read_placement
 from fmdeploy.quantize.ptq import QuantisedStudent, ptq
-from fmdeploy.quantize.qad import teaching
+from fmdeploy.quantize.qad import School, school
 from fmdeploy.quantize.qat import imitation, qat, validation
 from fmdeploy.quantize.scores import carry_over, judge, relative_drop
 from fmdeploy.quantize.store import save_quantized
@@ -41,14 +41,13 @@ class Sources:
     data: Dataset
     loaded: LoadedModel
     request: Request
-    teacher: Artifact | None
-    features: Artifact | None
+    school: School | None
+    """Where it goes on learning, in mode qad."""
 
     def inputs(self) -> dict[str, Artifact]:
         """Roles of the artifacts, for the manifest."""
-        given = {"student": self.student, "data": self.data.artifact, "teacher": self.teacher,
-                 "features": self.features}
-        return {role: artifact for role, artifact in given.items() if artifact is not None}
+        return {"student": self.student, "data": self.data.artifact,
+                **(self.school.sources.inputs() if self.school is not None else {})}
 
 
 @command(QuantizeConfig)
@@ -61,6 +60,7 @@ def quantize(config: QuantizeConfig) -> Artifact:
         ArtifactError: an input is not what it should be.
         DataError: the samples cannot calibrate the student, or belong to another dataset.
         ConfigError: an unknown module, device or teacher, or no loss for qat.
+        LeakageError: the teacher was trained on what the student is judged on.
         GateError: `max_drop` was not reached. The best that was found is written all the same.
     """
     config = config.model_copy(update={"precision": resolve_precision(config.precision)})
@@ -78,10 +78,10 @@ def _open(config: QuantizeConfig) -> Sources:
         device(config.device)  # an unknown one is refused before the work, not after
     student, data = open_artifact(config.student, Kind.STUDENT), open_dataset(config.data)
     require_same_data(student, data)
-    teacher = open_artifact(config.teacher, Kind.TEACHER) if config.teacher else None
-    features = open_artifact(config.features, Kind.FEATURES) if config.features else None
     loaded = require_heads(load_model(student), config.student)
-    return Sources(student, data, loaded, _request(config), teacher, features)
+    taught = school(student, config, data=config.data, teacher=config.teacher, features=config.features,
+                    task=loaded.recipe.task, teacher_data=config.teacher_data) if config.teacher is not None else None
+    return Sources(student, data, loaded, _request(config), taught)
 
 
 def require_same_data(student: Artifact, data: Dataset) -> None:
@@ -97,7 +97,7 @@ def require_same_data(student: Artifact, data: Dataset) -> None:
 
 
 def _ancestors(inputs: Mapping[str, Parent]) -> list[Parent]:
-    return [found for parent in inputs.values() for found in (parent, *_ancestors(parent.inputs))]
+    return [found for parent in learnt_from(inputs) for found in (parent, *_ancestors(parent.inputs))]
 
 
 def _build(draft: Draft, config: QuantizeConfig, sources: Sources) -> None:
@@ -136,10 +136,8 @@ def _train(
     draft: Draft, config: QuantizeConfig, sources: Sources, quantised: QuantisedStudent
 ) -> tuple[QuantisedStudent, Timing]:
     task, data = sources.loaded.task, sources.data
-    if config.mode == "qad":
-        assert config.teacher is not None
-        lesson = teaching(quantised, sources.student, config, data=config.data, teacher=config.teacher,
-                          features=config.features, task=sources.loaded.recipe.task)
+    if sources.school is not None:
+        lesson = sources.school.lesson(quantised)
     else:
         lesson = imitation(sources.loaded.module, task, data, config, alpha_student=config.alpha_student,
                            alpha_labels=config.alpha_labels)
@@ -155,6 +153,7 @@ def _metrics(
 ) -> dict[str, Any]:
     task, data, quantised = sources.loaded.task, sources.data, mixed.student
     names = [spec.name for spec in task.io.inputs]
+    elsewhere = sources.school.sources.elsewhere if sources.school is not None else {}
     float_student, int8 = predictor(sources.loaded.module, task.io), predictor(quantised.module, task.io)
     before = carry_over(draft, sources.student, task, data, float_student)
     after = judge(draft, int8, task, data, examples=True)
@@ -169,6 +168,7 @@ def _metrics(
         **_summary(quantised),
         **mixed.summary(),
         **({"training": _training(timing)} if timing else {}),
+        **({"teacher_data": elsewhere} if elsewhere else {}),
     }
 
 

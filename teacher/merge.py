@@ -21,12 +21,13 @@ from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import FmdeployError
 from fmdeploy.iospec import IOSpec
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import EVALUATED_ON, Kind
 from fmdeploy.models import num_parameters
 from fmdeploy.models.saved import LoadedModel, save_model
 from fmdeploy.teacher.adapt.adapt import predict_with
 from fmdeploy.teacher.adapt.lora import fold_lora
 from fmdeploy.teacher.adapt.store import load_adapted, read_recipe
+from fmdeploy.teacher.objectives.store import pass_on
 from fmdeploy.teacher.scores import EVALUATIONS, GUARD, write_scores
 
 TOLERANCE = 1e-5
@@ -55,12 +56,12 @@ def merge(config: MergeConfig) -> Artifact:
     teacher, adapter = open_artifact(config.teacher, Kind.TEACHER), open_artifact(config.adapter, Kind.ADAPTER)
     data = open_dataset(config.data) if config.data is not None else None
     loaded = load_adapted(teacher, adapter)
-    inputs = {"teacher": teacher, "adapter": adapter, **({"data": data.artifact} if data is not None else {})}
+    inputs = {"teacher": teacher, "adapter": adapter, **({EVALUATED_ON: data.artifact} if data is not None else {})}
     return produce(config.out, Kind.TEACHER, stage="teacher merge", config=config, inputs=inputs,
-                   build=lambda draft: _build(draft, loaded, adapter, data))
+                   build=lambda draft: _build(draft, loaded, teacher, adapter, data))
 
 
-def _build(draft: Draft, loaded: LoadedModel, adapter: Artifact, data: Dataset | None) -> None:
+def _build(draft: Draft, loaded: LoadedModel, teacher: Artifact, adapter: Artifact, data: Dataset | None) -> None:
     if not draft.is_main:
         return
     inputs = _inputs(loaded.task.io)
@@ -73,6 +74,7 @@ def _build(draft: Draft, loaded: LoadedModel, adapter: Artifact, data: Dataset |
     recipe = loaded.recipe
     save_model(draft, loaded.module, task=recipe.task, role="teacher", name=recipe.name, options=recipe.options,
                heads=recipe.heads)
+    pass_on(draft, teacher, loaded.module)
     scores = _carried(draft, adapter) if data is None else write_scores(
         draft, predict_with(loaded, "fp32"), loaded.task, data)
     draft.write_json("metrics.json", {

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.command import command
-from fmdeploy.config import InputPath, OutputPath, StageConfig
+from fmdeploy.config import InputPath, OutputPath
 from fmdeploy.data.format import Dataset, open_dataset
+from fmdeploy.data.trained_on import TrainedOnConfig, check_training_data
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError
 from fmdeploy.manifest import Kind
@@ -38,7 +39,9 @@ from fmdeploy.models.saved import LoadedModel, load_model, save_model
 from fmdeploy.task import Samples
 from fmdeploy.teacher.adapt.adapt import predict_with
 from fmdeploy.teacher.adapt.effect import measure_effect
+from fmdeploy.teacher.objectives.store import pass_on
 from fmdeploy.teacher.scores import write_scores
+from fmdeploy.training.device import first_decides
 
 MAX_RATIO = 4.0
 """A channel that is nearly constant on one of the data would be blown up: r_c stays within 1/4 and 4."""
@@ -46,7 +49,7 @@ EPS = 1e-6
 Norm = nn.GroupNorm | nn.LayerNorm
 
 
-class RecalibrateConfig(StageConfig):
+class RecalibrateConfig(TrainedOnConfig):
     """What is recalibrated, on what."""
 
     teacher: InputPath = Field(description="TEACHER")
@@ -67,7 +70,31 @@ def recalibrate(config: RecalibrateConfig) -> Artifact:
     Raises:
         ArtifactError: an input is not what it should be, or something else is at `out`.
         ConfigError: there is no normalisation, or source data is needed and not given.
+        LeakageError: the teacher was trained, or is recalibrated, on what the new one is judged on.
     """
+    start = _start(config)
+    return produce(config.out, Kind.TEACHER, stage="teacher recalibrate", config=config, inputs=start.inputs(),
+                   build=lambda draft: _build(draft, config, start))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    teacher: Artifact
+    loaded: LoadedModel
+    data: Dataset
+    source: Dataset | None
+    elsewhere: dict[str, str]
+    """Other datasets that the teacher was trained on, and whether they were compared with the held-out splits."""
+
+    def inputs(self) -> dict[str, Artifact]:
+        """Roles of the artifacts, for the manifest."""
+        given = {"teacher": self.teacher, "data": self.data.artifact}
+        return given | ({"source_data": self.source.artifact} if self.source is not None else {})
+
+
+def _start(config: RecalibrateConfig) -> Start:
     teacher, data = open_artifact(config.teacher, Kind.TEACHER), open_dataset(config.data)
     source = open_dataset(config.source_data) if config.source_data is not None else None
     loaded = load_model(teacher)
@@ -77,18 +104,15 @@ def recalibrate(config: RecalibrateConfig) -> Artifact:
     if others and source is None:
         raise ConfigError(f"has {len(others)} GroupNorm or LayerNorm layers, which keep no statistics",
                           where=config.teacher, fix="Give data of the old sensor: --source-data")
-    inputs = {"teacher": teacher, "data": data.artifact,
-              **({"source_data": source.artifact} if source is not None else {})}
-    return produce(config.out, Kind.TEACHER, stage="teacher recalibrate", config=config, inputs=inputs,
-                   build=lambda draft: _build(draft, config, loaded, load_model(teacher), data, source))
+    elsewhere = first_decides(lambda: check_training_data(
+        [teacher], data, config.teacher_data, replay=[source] if source is not None else []))
+    return Start(teacher, loaded, data, source, elsewhere)
 
 
-def _build(
-    draft: Draft, config: RecalibrateConfig, loaded: LoadedModel, before: LoadedModel, data: Dataset,
-    source: Dataset | None,
-) -> None:
+def _build(draft: Draft, config: RecalibrateConfig, start: Start) -> None:
     if not draft.is_main:
         return
+    loaded, data, source = start.loaded, start.data, start.source
     batch_norms, others = norms_of(loaded.module)
     new = _inputs(loaded, loaded.task.samples(data, "train"), config)
     if others and source is not None:
@@ -99,13 +123,16 @@ def _build(
     recipe = loaded.recipe
     save_model(draft, loaded.module, task=recipe.task, role="teacher", name=recipe.name, options=recipe.options,
                heads=recipe.heads)
+    pass_on(draft, start.teacher, loaded.module)
     predict = predict_with(loaded, "fp32")
     scores: dict[str, Any] = {}
     if recipe.heads:
-        effect = measure_effect(predict_with(before, "fp32"), predict, loaded.task, data)
+        effect = measure_effect(predict_with(load_model(start.teacher), "fp32"), predict, loaded.task, data)
         scores = {**write_scores(draft, predict, loaded.task, data), "target": effect.as_metrics()}
-    draft.write_json("metrics.json", {"params": num_parameters(loaded.module), "layers": {
-        "batch_norm": len(batch_norms), "other": len(others)}, **scores})
+    draft.write_json("metrics.json", {
+        "params": num_parameters(loaded.module), "layers": {"batch_norm": len(batch_norms), "other": len(others)},
+        **({"teacher_data": start.elsewhere} if start.elsewhere else {}), **scores,
+    })
 
 
 def norms_of(network: nn.Module) -> tuple[list[nn.modules.batchnorm._BatchNorm], list[Norm]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,22 +19,23 @@ from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError
 from fmdeploy.manifest import Kind
 from fmdeploy.models import num_parameters
+from fmdeploy.models.recompute import checkpoint_activations
 from fmdeploy.models.saved import LoadedModel, load_model, save_model
 from fmdeploy.provenance import source_digest
 from fmdeploy.task import Task, load_task
 from fmdeploy.teacher.objectives.collapse import naming_checkpoint
-from fmdeploy.teacher.objectives.pretraining import Pretraining, PretrainingBatches
+from fmdeploy.teacher.objectives.pretraining import Pretraining, make_batches
 from fmdeploy.teacher.objectives.registry import choose, refuse_sharding
-from fmdeploy.teacher.objectives.store import save_objectives
+from fmdeploy.teacher.objectives.store import save_objectives, say_replaced
 from fmdeploy.teacher.probe.curve import ProbeCurve
 from fmdeploy.teacher.scores import write_curve, write_scores
 from fmdeploy.teacher.sizes import TeacherSizes
 from fmdeploy.teacher.view import TeacherView
 from fmdeploy.training.config import TrainingConfig
-from fmdeploy.training.device import resolve_precision, together
+from fmdeploy.training.device import first_decides, resolve_precision, together
 from fmdeploy.training.log import parse_log
-from fmdeploy.training.loop import Job, fit
-from fmdeploy.training.mixture.options import Mixture, MixtureConfig, mix, open_replay, replay_inputs
+from fmdeploy.training.loop import Batch, Job, fit
+from fmdeploy.training.mixture.options import Mixture, MixtureConfig, mix, replay_inputs
 from fmdeploy.training.sampler import Index
 
 
@@ -53,8 +55,9 @@ class TeacherConfig(TeacherSizes, TrainedOnConfig, MixtureConfig, TrainingConfig
 
     @model_validator(mode="after")
     def _agree(self) -> TeacherConfig:
-        if self.init is not None and self.sizes():
-            raise ValueError(f"sizes are those of --init: leave out {', '.join(self.sizes())}")
+        sizes = [name for name in self.sizes() if name != "activation_checkpointing"]
+        if self.init is not None and sizes:
+            raise ValueError(f"sizes are those of --init: leave out {', '.join(sizes)}")
         if self.probe_every and self.sharding != "none":
             raise ValueError("probe_every needs the whole network in each process: leave out sharding")
         return self
@@ -84,6 +87,7 @@ class Start:
     def module(self, config: TeacherConfig) -> tuple[nn.Module, dict[str, Any]]:
         """A fresh teacher, or the one to start from; and the options that build it again."""
         if self.loaded is not None:
+            checkpoint_activations(self.loaded.module, config.activation_checkpointing)
             return self.loaded.module, dict(self.loaded.recipe.options)
         torch.manual_seed(config.seed)
         return self.task.teacher(config.sizes()), config.sizes()
@@ -116,16 +120,15 @@ def _start(config: TeacherConfig) -> Start:
     if config.sharding != "none":
         refuse_sharding(choices)
     task, data = load_task(config.task), open_dataset(config.data)
-    replay = open_replay(config.replay, data)
-    if config.init is None:
-        check_training_data((), data, config.teacher_data)
-        return Start(task, data, replay=replay)
-    init = open_artifact(config.init, Kind.TEACHER)
-    loaded = load_model(init)
-    if loaded.recipe.task != config.task:
+    replay = tuple(open_dataset(path) for path in config.replay)
+    init = open_artifact(config.init, Kind.TEACHER) if config.init is not None else None
+    loaded = load_model(init) if init is not None else None
+    if loaded is not None and loaded.recipe.task != config.task:
         raise ConfigError("the teacher to start from was made for another task", where=config.init,
                           expected=config.task, found=loaded.recipe.task)
-    return Start(task, data, init, loaded, replay, check_training_data([init], data, config.teacher_data, replay))
+    elsewhere = first_decides(lambda: check_training_data(
+        [init] if init is not None else [], data, config.teacher_data, replay=replay))
+    return Start(task, data, init, loaded, replay, elsewhere)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,10 @@ class Bench:
     module: nn.Module
     options: dict[str, Any]
     whole: Pretraining
-    batches: PretrainingBatches
+    batches: Callable[[int, int], Batch]
+    mixture: Mixture
+    index: Index | None
+    """Numbers of the samples whose labels are used; None: all."""
 
 
 def _bench(config: TeacherConfig, start: Start) -> Bench:
@@ -144,18 +150,20 @@ def _bench(config: TeacherConfig, start: Start) -> Bench:
     whole = Pretraining(start.task, module, choose(config.objective, config.set), steps=config.steps)
     mixture = mix(config, start.task, start.data, start.replay, config.seed, labels=whole.trains_heads)
     index = mixture.labelled(config.labels, config.label_seed)
-    objectives = tuple(whole.each().values())
-    return Bench(module, options, whole, PretrainingBatches(start.task, mixture, config, index, objectives))
+    batches = make_batches(start.task, mixture, config, index, tuple(whole.each().values()))
+    return Bench(module, options, whole, batches, mixture, index)
 
 
 def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
     with together():
         bench = _bench(config, start)
         whole = bench.whole
+        if start.init is not None and draft.is_main:
+            say_replaced(start.init, whole.each())
         curve = ProbeCurve.of(start.task, start.data, bench.module, every=config.probe_every, steps=config.steps,
                               folder=draft.path("work/probes"))
         job = Job("teacher", whole, bench.batches, losses=lambda model, batch: model(batch),
-                  after_step=curve.after(whole.after_step) if curve else whole.after_step,
+                  after_step=curve.after(whole.after_step) if curve else whole.after_step, resting=whole.resting,
                   folder=draft.path("work/teacher"), log=draft.path("log.jsonl"))
         with naming_checkpoint(job.folder):
             timing = fit(job, config)
@@ -170,14 +178,14 @@ def _build(draft: Draft, config: TeacherConfig, start: Start) -> None:
 
 def _write(draft: Draft, config: TeacherConfig, start: Start, bench: Bench) -> None:
     """The network, what its objectives leave behind, and its numbers."""
-    module, whole, batches = bench.module, bench.whole, bench.batches
+    module, whole = bench.module, bench.whole
     heads = whole.trains_heads or (start.loaded is not None and start.loaded.recipe.heads)
     save_model(draft, module, task=config.task, role="teacher", name="", options=bench.options, heads=heads)
     save_objectives(draft, whole)
     draft.write_json("metrics.json", {
         "params": num_parameters(module), "objective": whole.weights,
         **({"teacher_data": start.elsewhere} if start.elsewhere else {}),
-        **({"labels": _supervision(batches.mixture, batches.index)} if whole.trains_heads else {}),
+        **({"labels": _supervision(bench.mixture, bench.index)} if whole.trains_heads else {}),
         **(write_scores(draft, _logits(module, start.task, config), start.task, start.data) if heads else {}),
     })
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fmdeploy.artifact import Artifact
 from fmdeploy.data.format import Dataset
 from fmdeploy.evaluate.gates import Result, Row, not_measured
-from fmdeploy.manifest import Parent, datasets_read
+from fmdeploy.manifest import Parent, datasets_learnt_from, learnt_from
 
 NAME = "evaluation samples seen in training or calibration"
 TRAINING = "train"
@@ -53,7 +53,7 @@ def _other_divisions(bundle: Artifact, data: Dataset) -> list[str]:
     """Digests of datasets behind the bundle that divide recordings of `data` in another way."""
     own = {part.digest: _family(part) for part in _parts(data.artifact.parent())}
     family = {digest for each in own.values() for digest in each}
-    return [part.digest for read in datasets_read(bundle.inputs) for part in _parts(read)
+    return [part.digest for read in datasets_learnt_from(bundle.inputs) for part in _parts(read)
             if part.digest not in own and family & _family(part)]
 
 
@@ -71,6 +71,6 @@ def _family(dataset: Parent) -> set[str]:
 
 def lineage(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
     """Yield every artifact that something was made from, directly or not."""
-    for parent in inputs.values():
+    for parent in learnt_from(inputs):
         yield parent
         yield from lineage(parent.inputs)

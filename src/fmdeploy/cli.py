@@ -207,8 +207,9 @@ def report_error(error: Exception) -> int:
     elif not isinstance(error, FmdeployError) and is_no_space(error):  # no artifact: a page, a list, scratch files
         error = NoSpaceError("the disk is full", where=getattr(error, "filename", None),
                              fix="Free some space, also where temporary files lie")
-    if isinstance(error, FmdeployError) and error.exit_code != 4:
-        print(f"fmdeploy: {error}", file=sys.stderr)
+    if isinstance(error, FmdeployError) and (error.told or error.exit_code != 4):
+        if not error.told:
+            print(f"fmdeploy: {error}", file=sys.stderr)
         return error.exit_code
     import traceback
 

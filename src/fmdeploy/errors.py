@@ -16,17 +16,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class FmdeployError(Exception):
     """One line that says where, what, expected against found, and the next step."""
 
     exit_code = 4
+    told = False
+    """Whether another process of the same run has told it."""
 
     def __init__(
         self, what: str, *, where: object = None, expected: object = None, found: object = None, fix: str | None = None
     ) -> None:
         self.what, self.where, self.expected, self.found, self.fix = what, where, expected, found, fix
         super().__init__(what, where, expected, found, fix)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle wants it, for other processes."""
+        rebuild = partial(type(self), where=self.where, expected=self.expected, found=self.found, fix=self.fix)
+        return rebuild, (self.what,), vars(self)
 
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"

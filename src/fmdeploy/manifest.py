@@ -48,6 +48,8 @@ class Kind(str, Enum):
 
 FOR_DEVICES = (Kind.BUNDLE, Kind.ENGINE)
 STAGE = r"^[ -~]*$"
+EVALUATED_ON = "evaluation_data"
+"""Role of a dataset that a stage measures its result on and learns nothing from."""
 
 
 class FileEntry(Record):
@@ -116,13 +118,18 @@ def numbered_role(role: str, number: int) -> str:
     return f"{role}{number + 1}" if number else role
 
 
-def datasets_read(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
-    """The datasets that something and its ancestors read, not what those were split or joined from."""
-    for parent in inputs.values():
+def learnt_from(inputs: Mapping[str, Parent]) -> list[Parent]:
+    """Inputs but the dataset that a stage was only evaluated on."""
+    return [parent for role, parent in inputs.items() if role != EVALUATED_ON]
+
+
+def datasets_learnt_from(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
+    """The datasets that something and its ancestors learnt from, not what those were split or joined from."""
+    for parent in learnt_from(inputs):
         if parent.kind is Kind.DATASET:
             yield parent
         else:
-            yield from datasets_read(parent.inputs)
+            yield from datasets_learnt_from(parent.inputs)
 
 
 def unusable_name(name: str) -> str:

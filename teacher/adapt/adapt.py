@@ -14,8 +14,9 @@ from fmdeploy.data.trained_on import check_training_data
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ConfigError
 from fmdeploy.evaluate.evaluation import Predict
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import EVALUATED_ON, Kind
 from fmdeploy.models import num_parameters
+from fmdeploy.models.recompute import checkpoint_activations
 from fmdeploy.models.saved import LoadedModel, load_model
 from fmdeploy.teacher.adapt.config import AdaptConfig
 from fmdeploy.teacher.adapt.effect import Effect, measure_effect
@@ -26,10 +27,10 @@ from fmdeploy.teacher.scores import write_curve, write_scores
 from fmdeploy.teacher.view import TeacherView
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.config import Precision
-from fmdeploy.training.device import resolve_precision, together
+from fmdeploy.training.device import first_decides, resolve_precision, together
 from fmdeploy.training.log import parse_log
 from fmdeploy.training.loop import Job, fit
-from fmdeploy.training.mixture.options import mix, open_replay, replay_inputs
+from fmdeploy.training.mixture.options import mix, replay_inputs
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Start:
     teacher: Artifact
     data: Dataset
     source: Dataset | None
+    """Of the old domain, to measure the fall on."""
     replay: tuple[Dataset, ...] = ()
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Other datasets that the teacher was trained on, and whether they were compared with the held-out splits."""
@@ -46,7 +48,7 @@ class Start:
     def inputs(self) -> dict[str, Artifact]:
         """Roles of the artifacts, for the manifest."""
         found = {"teacher": self.teacher, "data": self.data.artifact, **replay_inputs(self.replay)}
-        return found | ({"source_data": self.source.artifact} if self.source is not None else {})
+        return found | ({EVALUATED_ON: self.source.artifact} if self.source is not None else {})
 
 
 @command(AdaptConfig)
@@ -69,39 +71,61 @@ def adapt(config: AdaptConfig) -> Artifact:
 
 def _start(config: AdaptConfig) -> Start:
     teacher, data = open_artifact(config.teacher, Kind.TEACHER), open_dataset(config.data)
-    replay = open_replay(config.replay, data)
+    replay = tuple(open_dataset(path) for path in config.replay)
     source = open_dataset(config.source_data) if config.source_data else None
-    given = [*replay, *([source] if source is not None else [])]
-    return Start(teacher, data, source, replay, check_training_data([teacher], data, config.teacher_data, given))
+    elsewhere = first_decides(lambda: check_training_data(
+        [teacher], data, config.teacher_data, replay=replay, judged=[source] if source is not None else []))
+    return Start(teacher, data, source, replay, elsewhere)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A teacher about to be adapted: with what the plan adds, and only that wanting a gradient."""
+
+    loaded: LoadedModel
+    recipe: AdapterRecipe
+    names: list[str]
+    """Of the parameters that are trained."""
+    batches: SupervisedBatches
+
+
+def _bench(config: AdaptConfig, start: Start) -> Bench:
+    loaded = load_model(start.teacher)
+    size, heads = num_parameters(loaded.module), _heads_are_of_use(config, loaded)
+    torch.manual_seed(config.seed)
+    plan = Plan(method=config.method, options=config.options(), also=config.also)
+    checkpoint_activations(loaded.module, config.activation_checkpointing)
+    names = apply_plan(loaded, plan)
+    trained = sum(loaded.module.get_parameter(name).numel() for name in names)
+    recipe = AdapterRecipe(task=loaded.recipe.task, plan=plan, trained=trained, parameters=size, heads=heads)
+    return Bench(loaded, recipe, names, _batches(config, start, loaded))
 
 
 def _build(draft: Draft, config: AdaptConfig, start: Start) -> None:
     with together():
-        loaded = load_model(start.teacher)
-        size = num_parameters(loaded.module)
-        heads = _heads_are_of_use(config, loaded)
-        torch.manual_seed(config.seed)
-        plan = Plan(method=config.method, options=config.options(), also=config.also)
-        names = apply_plan(loaded, plan)
-        trained = sum(loaded.module.get_parameter(name).numel() for name in names)
-        batches = _batches(config, start, loaded)
-        job = Job("adapter", Adaptation(loaded.task, loaded.module), batches,
+        bench = _bench(config, start)
+        job = Job("adapter", Adaptation(bench.loaded.task, bench.loaded.module), bench.batches,
                   losses=lambda model, batch: model(batch), folder=draft.path("work/adapter"),
                   log=draft.path("log.jsonl"))
         timing = fit(job, config)
         if draft.is_main:
             draft.note(training=timing.as_note())
-            recipe = AdapterRecipe(task=loaded.recipe.task, plan=plan, trained=trained, parameters=size, heads=heads)
-            save_adapter(draft, loaded.module, names, recipe)
             write_curve(draft, parse_log(draft.path("log.jsonl")))
-            predict = predict_with(loaded, config.precision)
-            draft.write_json("metrics.json", {
-                "method": config.method, "trained": trained, "params": size, "share": trained / size,
-                "labels": batches.mixture.supervision(batches.index),
-                **({"teacher_data": start.elsewhere} if start.elsewhere else {}),
-                **write_scores(draft, predict, loaded.task, start.data),
-                **_effects(draft, config, start, predict),
-            })
+            _write(draft, config, start, bench)
+
+
+def _write(draft: Draft, config: AdaptConfig, start: Start, bench: Bench) -> None:
+    """What was trained, and its numbers."""
+    loaded, recipe, batches = bench.loaded, bench.recipe, bench.batches
+    save_adapter(draft, loaded.module, bench.names, recipe)
+    predict = predict_with(loaded, config.precision)
+    draft.write_json("metrics.json", {
+        "method": config.method, "trained": recipe.trained, "params": recipe.parameters,
+        "share": recipe.trained / recipe.parameters, "labels": batches.mixture.supervision(batches.index),
+        **({"teacher_data": start.elsewhere} if start.elsewhere else {}),
+        **write_scores(draft, predict, loaded.task, start.data),
+        **_effects(draft, config, start, predict),
+    })
 
 
 def predict_with(loaded: LoadedModel, precision: Precision) -> Predict:

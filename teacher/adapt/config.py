@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fmdeploy.config import InputPath, OutputPath
+from fmdeploy.config import InputPath, OutputPath, RunOnly
 from fmdeploy.data.trained_on import TrainedOnConfig
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.mixture.options import MixtureConfig
@@ -40,6 +40,8 @@ class AdaptConfig(TrainedOnConfig, MixtureConfig, TrainingConfig):
     deep: bool | None = Field(default=None, description="prompt: others before every block [default: yes]")
     labels: float = Field(default=1.0, gt=0, le=1, description="share of the train simulations whose labels are used")
     label_seed: int = Field(default=0, ge=0, description="which simulations those are")
+    activation_checkpointing: Annotated[bool | None, RunOnly()] = Field(default=None, description=(
+        "recompute activations to save memory"))
     source_data: InputPath | None = Field(default=None, description="DATASET of the old domain to measure the fall on")
 
     @model_validator(mode="after")

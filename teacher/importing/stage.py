@@ -19,7 +19,7 @@ from fmdeploy.config import InputPath, OutputPath, Positional, RunOnly, StageCon
 from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import ModelFileError
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import EVALUATED_ON, Kind
 from fmdeploy.models import num_parameters
 from fmdeploy.models.imported import ImportedTeacher, family_of, imported_teacher
 from fmdeploy.models.saved import LoadedModel, Recipe, save_model
@@ -100,7 +100,7 @@ def import_teacher(config: ImportConfig) -> Artifact:
     _refuse_odd(config.source)
     _refuse_large(config.source, int(config.max_gib * GIB))
     return produce(config.out, Kind.TEACHER, stage="teacher import", config=config,
-                   inputs={"data": data.artifact} if data is not None else {},
+                   inputs={EVALUATED_ON: data.artifact} if data is not None else {},
                    build=lambda draft: _build(draft, config, task, data))
 
 

@@ -99,9 +99,22 @@ class Objective(nn.Module, ABC):
         """
         return {}
 
+    def resting(self, teacher: nn.Module, step: int) -> Sequence[nn.Parameter]:
+        """Parameters of its own and of the teacher that it does not train in a step. Default: none.
+
+        Its losses still give each a gradient, which is zero: DistributedDataParallel waits for all. What no objective
+        trains is left as it is, by weight decay and momentum, too.
+        """
+        return ()
+
     def changes(self) -> Sequence[int]:
         """Steps, counted from 0, from which on a step is other work than before: for plans. Default: none."""
         return ()
 
-    def look_ahead(self, step: int) -> None:
-        """Do from now on the work of step `step`, without having been trained: for plans. Default: all are alike."""
+    def look_ahead(self, step: int, processes: int = 1) -> None:
+        """Do from now on the work of step `step`, without having been trained: for plans. Default: all are alike.
+
+        Args:
+            step: From 0.
+            processes: Do it as the first of so many, where there is one.
+        """

@@ -108,6 +108,7 @@ class Contrastive(Objective):
         self.token_queue = KeyQueue(count, config.queue, shape) if config.queue and config.tokens else None
         self.monitor = CollapseMonitor(config)
         self._pushed: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._planned = 1  # processes of a plan, whose keys stand in for those of others
 
     def arrays(self, samples: Samples, index: Index, rngs: Sequence[Generator]) -> Mapping[str, Arrays]:
         """Kind `contrastive`: `group` int64 (B,), the simulation of each sample."""
@@ -123,10 +124,11 @@ class Contrastive(Objective):
             self.monitor.see(state_BND[:, 1:])
         queries = [self.projector(state_BND) for state_BND in states]
         frame, token = self.target(_stacked(alone))
-        keys_SMP = _gathered(frame.chunk(len(alone)))
-        tokens_SMNP = None if token is None else _gathered(token.chunk(len(alone)))
+        keys_SMP = torch.stack([self._gathered(keys_BP) for keys_BP in frame.chunk(len(alone))])
+        tokens_SMNP = None if token is None else torch.stack(
+            [self._gathered(keys_BNP) for keys_BNP in token.chunk(len(alone))])
         group_B = batch[KIND]["group"]
-        group_M = gather(group_B)
+        group_M = self._gathered(group_B)
         self._note(keys_SMP, tokens_SMNP, group_M)
         return self._parts(queries, keys_SMP, tokens_SMNP, (group_B, group_M))
 
@@ -159,6 +161,14 @@ class Contrastive(Objective):
                 self.token_queue.push(tokens_SMNP, group_M)
         self._pushed = []
         return {**self.monitor.report(step), "temperature": torch.exp(-self.log_scale.detach())}
+
+    def look_ahead(self, step: int, processes: int = 1) -> None:
+        """See `Objective.look_ahead`; with more processes a query is compared with more keys."""
+        self._planned = processes
+
+    def _gathered(self, x_B: Tensor) -> Tensor:
+        """Rows (M, ...) of all processes, from this one's (B, ...)."""
+        return torch.cat([gather(x_B)] * self._planned)
 
     def _note(self, keys_SMP: Tensor, tokens_SMNP: Tensor | None, group_M: Tensor) -> None:
         if self.training:
@@ -193,11 +203,6 @@ def sensor_of(name: str, sensor: str | None) -> str:
 def _stacked(views: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Each input of all views as one batch (views * B, ...)."""
     return [torch.cat(parts) for parts in zip(*views, strict=True)]
-
-
-def _gathered(keys: Sequence[Tensor]) -> Tensor:
-    """Keys (S, M, ...) of all processes, from this one's (B, ...) of each sensor."""
-    return torch.stack([gather(keys_BP) for keys_BP in keys])
 
 
 def _with_queue(

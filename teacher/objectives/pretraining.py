@@ -9,18 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.models.tokens import backbone_of
-from fmdeploy.task import Task
+from fmdeploy.task import Samples, Task
 from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.registry import Choice
 from fmdeploy.training.batches import SupervisedBatches
+from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch, Losses, StoppedError, Tensors
-from fmdeploy.training.sampler import my_part
+from fmdeploy.training.mixture.options import Mixture
+from fmdeploy.training.sampler import Index, my_part
 
 OBJECTIVE_STREAM = 0x6F62
+LABELLED = "labelled."
+"""In front of the kinds of arrays of samples that were drawn for their labels, where they are drawn apart."""
 
 
 class Pretraining(nn.Module):
@@ -63,7 +68,7 @@ class Pretraining(nn.Module):
         """Parts of the loss by name, with the objective's name in front where there are several."""
         found: Losses = {}
         for name, objective in self.each().items():
-            for part, value in objective.losses(self.teacher, batch).items():
+            for part, value in objective.losses(self.teacher, _seen_by(objective, batch)).items():
                 found |= self._named(name, {part: value.float() * self.weights[name]})
         return found
 
@@ -78,6 +83,13 @@ class Pretraining(nn.Module):
                 raise
         return found
 
+    def resting(self, step: int) -> list[nn.Parameter]:
+        """Parameters that no objective trains in a step."""
+        named = [set(objective.resting(self.teacher, step)) for objective in self.each().values()]
+        shared = set(self.teacher.parameters())
+        return [parameter for parameter in self.parameters() if any(parameter in mine for mine in named)
+                and (parameter not in shared or all(parameter in mine for mine in named))]
+
     def _named(self, name: str, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key if len(self.weights) == 1 else f"{name}.{key}": value for key, value in seen.items()}
 
@@ -85,6 +97,36 @@ class Pretraining(nn.Module):
         """Let the heads want gradients again."""
         for parameter in self.frozen:
             parameter.requires_grad_(True)
+
+
+def _seen_by(objective: Objective, batch: Tensors) -> Tensors:
+    """What an objective is given of a batch: the labelled samples where it reads labels and they are drawn apart."""
+    labelled = {kind.removeprefix(LABELLED): found for kind, found in batch.items() if kind.startswith(LABELLED)}
+    return labelled if labelled and objective.needs_labels else batch
+
+
+def with_arrays(
+    batch: Batch, objectives: Sequence[Objective], samples: Samples, index: Index, rngs: Sequence[Sequence[Generator]]
+) -> tuple[Batch, Batch]:
+    """A batch with the arrays that objectives add, and apart from it those that mirroring must leave alone.
+
+    Args:
+        batch: What is read of the samples anyway.
+        objectives: Asked for more arrays.
+        samples: That these are of.
+        index: Numbers (B,) of the samples in the batch.
+        rngs: For each objective one generator a sample.
+
+    Raises:
+        ConfigError: two objectives make the same kind of array.
+    """
+    found, fixed = dict(batch), Batch()
+    for objective, mine in zip(objectives, rngs, strict=True):
+        for kind, arrays in objective.arrays(samples, index, mine).items():
+            if kind in found or kind in fixed:
+                raise ConfigError("two objectives make the same kind of array", where=objective.name, found=kind)
+            (fixed if kind in objective.unmirrored else found)[kind] = dict(arrays)
+    return found, fixed
 
 
 @dataclass(frozen=True)
@@ -100,20 +142,50 @@ class PretrainingBatches(SupervisedBatches):
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
         chosen = self.chosen(step, part)
-        batch, fixed = self.read(chosen), Batch()
-        for objective, rngs in self._draws(step, part):
-            for kind, arrays in objective.arrays(self.mixture.samples, chosen, rngs).items():
-                target = fixed if kind in objective.unmirrored else batch
-                if kind in batch or kind in fixed:
-                    raise ConfigError("two objectives make the same kind of array", where=objective.name, found=kind)
-                target[kind] = dict(arrays)
-        return {**self.mirrored(batch, step, part), **fixed}
-
-    def _draws(self, step: int, part: int) -> list[tuple[Objective, list[np.random.Generator]]]:
-        """For each objective one generator a sample of this share."""
         places = my_part(np.arange(self.config.batch), part, self.config.accumulation)
         key = (self.config.seed, step, OBJECTIVE_STREAM)
-        return [
-            (objective, [np.random.default_rng((*key, number, int(place))) for place in places])
-            for number, objective in enumerate(self.objectives)
-        ]
+        rngs = [[np.random.default_rng((*key, number, int(place))) for place in places]
+                for number in range(len(self.objectives))]
+        batch, fixed = with_arrays(self.read(chosen), self.objectives, self.mixture.samples, chosen, rngs)
+        return {**self.mirrored(batch, step, part), **fixed}
+
+
+@dataclass(frozen=True)
+class RationedBatches:
+    """One process's share of a step where only some samples have labels: two batches of equal size.
+
+    One is drawn from all samples, for objectives that read no labels, and holds none. The other is drawn from the
+    labelled samples, as a run without those objectives would draw it; its kinds begin with `LABELLED`.
+
+    Attributes:
+        every: The former.
+        labelled: The latter.
+    """
+
+    every: PretrainingBatches
+    labelled: PretrainingBatches
+
+    def __call__(self, step: int, part: int) -> Batch:
+        """Part `part` of step `step`; equal arguments give equal bytes."""
+        found = {kind: arrays for kind, arrays in self.every(step, part).items() if kind != "targets"}
+        return found | {LABELLED + kind: arrays for kind, arrays in self.labelled(step, part).items()}
+
+
+def make_batches(
+    task: Task, mixture: Mixture, config: TrainingConfig, index: Index | None, objectives: Sequence[Objective]
+) -> PretrainingBatches | RationedBatches:
+    """The batches of a run.
+
+    Args:
+        task: Knows how to mirror.
+        mixture: The training samples, and how often each is seen.
+        config: Batch size, parts, seed and whether to mirror.
+        index: Numbers of the samples whose labels may be used; None: all.
+        objectives: Those of the run.
+    """
+    readers = [objective for objective in objectives if objective.needs_labels]
+    others = [objective for objective in objectives if not objective.needs_labels]
+    if index is None or not readers or not others:
+        return PretrainingBatches(task, mixture, config, index, objectives)
+    return RationedBatches(PretrainingBatches(task, mixture, config, None, others),
+                           PretrainingBatches(task, mixture, config, index, readers))

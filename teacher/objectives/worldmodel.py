@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.models import input_list
@@ -88,11 +87,10 @@ class WorldModel(Objective):
 
     name = KIND
     kept = True
-    shardable = False  # it puts the weights of its tokeniser back after each step
+    shardable = False  # it touches weights of blocks that rest and so are not gathered
     Config = WorldModelConfig
     config: WorldModelConfig
     done: Tensor
-    held: Tensor
 
     def __init__(self, task: Task, teacher: nn.Module, config: ObjectiveConfig, *, steps: int) -> None:
         super().__init__(task, teacher, config, steps=steps)
@@ -112,7 +110,6 @@ class WorldModel(Objective):
             actions=chosen.actions)
         self.first_steps = max(1, round(chosen.tokenizer_share * steps))
         self.register_buffer("done", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("held", parameters_to_vector(self.vae.parameters()).detach().clone())
         self._right: list[Tensor] = []
 
     def arrays(self, samples: Samples, index: Index, rngs: Sequence[Generator]) -> Mapping[str, Arrays]:
@@ -150,10 +147,10 @@ class WorldModel(Objective):
         """See `Objective.losses`; without gradient, `codes` is log K (a guess) at first and the others 0 later."""
         mine, fixed = batch[KIND], batch[f"{KIND}.fixed"]
         frames_BTCHW = mine["planes"].view(len(fixed["first"]), -1, len(PLANES), GRID, GRID).float()
+        nothing = _nothing(self.resting(teacher, int(self.done)))
         if int(self.done) < self.first_steps:
             found, logits = self.vae(frames_BTCHW.flatten(0, 1), fixed["draw"].flatten())
-            idle = [*backbone_of(teacher, where=KIND).parameters(), *self.predictor.parameters()]
-            return {"codes": _nothing(idle) + math.log(self.config.codes),
+            return {"codes": nothing + math.log(self.config.codes),
                     "frames": _reconstruction(logits, frames_BTCHW.flatten(0, 1)),
                     "commitment": self.config.commitment * found.commitment}
         codes_BTG = self.vae.codes(frames_BTCHW.flatten(0, 1)).view(*frames_BTCHW.shape[:2], -1)
@@ -161,12 +158,11 @@ class WorldModel(Objective):
                                    fixed["first"], self._window_actions(mine, fixed["first"]))
         wanted_BWG = codes_BTG[:, 1:]
         self._right.append((logits_BWGK.detach().argmax(-1) == wanted_BWG).float().mean())
-        nothing = _nothing(list(self.vae.parameters()))
         return {"codes": F.cross_entropy(logits_BWGK.flatten(0, 2), wanted_BWG.flatten()),
                 "frames": nothing, "commitment": nothing}
 
     def after_step(self, teacher: nn.Module, step: int) -> Mapping[str, Tensor]:
-        """Move the codebook, or hold the tokeniser where it is.
+        """Move the codebook while the tokeniser is trained.
 
         Returns:
             `perplexity` and `restarted` of `Codebook.update`, then of the codebook as it was left; `code_accuracy`.
@@ -174,22 +170,22 @@ class WorldModel(Objective):
         self.done.fill_(step + 1)
         if step < self.first_steps:
             seen = self.vae.book.update(restart=step < RESTARTING * self.first_steps)
-            self.held.copy_(parameters_to_vector(self.vae.parameters()).detach())
-            return {**seen, "code_accuracy": torch.zeros((), device=self.held.device)}
-        with torch.no_grad():  # weight decay and the optimiser's momentum would still move it
-            at = 0
-            for parameter in self.vae.parameters():
-                parameter.copy_(self.held[at : at + parameter.numel()].view_as(parameter))
-                at += parameter.numel()
+            return {**seen, "code_accuracy": torch.zeros((), device=self.done.device)}
         right, self._right = torch.stack(self._right).mean(), []
         return {"perplexity": perplexity(self.vae.book.count_K), "restarted": torch.zeros_like(right),
                 "code_accuracy": right}
+
+    def resting(self, teacher: nn.Module, step: int) -> Sequence[nn.Parameter]:
+        """The backbone and the predictor while the tokeniser is trained, then the tokeniser."""
+        if step < self.first_steps:
+            return [*backbone_of(teacher, where=KIND).parameters(), *self.predictor.parameters()]
+        return list(self.vae.parameters())
 
     def changes(self) -> Sequence[int]:
         """The tokeniser comes first, then the predictor and the backbone."""
         return (self.first_steps,)
 
-    def look_ahead(self, step: int) -> None:
+    def look_ahead(self, step: int, processes: int = 1) -> None:
         """See `Objective.look_ahead`."""
         self.done.fill_(step)
 

@@ -1,4 +1,4 @@
-"""`kill -9` at a random moment of training, caching, distilling and QAD, then the same command again: the same artifact."""
+"""Killed or interrupted at random moments, then the same command again: the same artifact."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.distill.distill import distill
 from fmdeploy.errors import ArtifactError
 from fmdeploy.quantize.quantize import quantize
+from fmdeploy.teacher.adapt.adapt import adapt
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.train import train
 from support.processes import FMDEPLOY
 from support.training_data import STUDENT, TEACHER, write_scenes
-
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache(**_cache(folder, folder / "features"))
     distill(**_student(folder, folder / "student"))
     quantize(**_quantized(folder, folder / "quantized"))
+    adapt(**_adapter(folder, folder / "adapter"))
     return folder
+
+
+def _adapter(home: Path, out: Path) -> dict[str, Any]:
+    return {"teacher": home / "teacher", "data": home / "data", "out": out, "steps": 120, "checkpoint_every": 7,
+            "batch": 4, "precision": "fp32", "ema": 0.9}
 
 
 def _teacher(home: Path, out: Path) -> dict[str, Any]:
@@ -66,21 +71,32 @@ def _num_lines(partial: Path) -> int:
     return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
+def _has_begun(partial: Path) -> int:
+    return int((partial / ".key").exists())
+
+
 def _num_shards(partial: Path) -> int:
     return len(list(partial.glob("features/*/[0-9]*.safetensors")))
 
 
-def _kill(verb: list[str], options: dict[str, Any], done: Callable[[Path], int], moment: int) -> None:
-    """Start the command as a user would and kill it when `done` has reached `moment`, plus a random breath."""
+def _stop(
+    verb: list[str], options: dict[str, Any], done: Callable[[Path], int], moment: int, how: signal.Signals
+) -> tuple[int, str]:
+    """Start the command as a user would and end it by the signal `how` when `done` has reached `moment`, plus a breath.
+
+    Returns:
+        Its exit code and what it said on stderr.
+    """
     out = options["out"]
-    with subprocess.Popen([*FMDEPLOY, *verb, *_flags(options)], stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + PATIENCE_S
+    with subprocess.Popen([*FMDEPLOY, *verb, *_flags(options)], stderr=subprocess.PIPE, text=True) as process:
         while done(out.parent / f".{out.name}.partial") < moment and process.poll() is None:
-            assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(random.random() * 0.05)
-        assert process.poll() is None, "it ended before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.kill(process.pid, how)
+        _, said = process.communicate()
+    assert process.returncode != 0, "it ended before it could be stopped"
+    return process.returncode, said
 
 
 @pytest.mark.slow
@@ -96,11 +112,37 @@ def test_killed_and_run_again_gives_the_same_artifact(
 ) -> None:
     chosen = options(home, tmp_path / "out")
     moment = random.randint(1, total // 2)
-    _kill(verb, chosen, done, moment)
+    _stop(verb, chosen, done, moment, signal.SIGKILL)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ArtifactError):
         open_artifact(tmp_path / "out")
     kept = done(tmp_path / ".out.partial")
     assert moment <= kept < total
     assert stage(**chosen).digest == open_artifact(home / whole).digest
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("verb", "options", "stage", "total", "whole"), [
+    (["teacher", "adapt"], _adapter, adapt, 120, "adapter"),
+    (["distill"], _student, distill, 150, "student"),
+])
+def test_ctrl_c_again_and_again_is_one_line_each_and_gives_the_same_artifact(
+    home: Path, tmp_path: Path, verb: list[str], options: Callable[[Path, Path], dict[str, Any]],
+    stage: Callable[..., Artifact], total: int, whole: str,
+) -> None:
+    """Before the first step, between two, and in the run that went on."""
+    chosen, early, late = options(home, tmp_path / "out"), random.randint(8, total // 3), 2 * total // 3
+    for done, moment in ((_has_begun, 1), (_num_lines, early), (_num_lines, late)):
+        code, said = _stop(verb, chosen, done, moment, signal.SIGINT)
+        # A shell says 130 to both: CPython kills itself by SIGINT when the interrupt passed through an `exec`.
+        assert code in (130, -signal.SIGINT), said
+        assert "Traceback" not in said
+        assert said.splitlines()[-1] == "fmdeploy: interrupted; no artifact was left half-written"
+        with pytest.raises(ArtifactError):
+            open_artifact(tmp_path / "out")
+    assert _num_lines(tmp_path / ".out.partial") < total
+    found = stage(**chosen)
+    assert found.manifest.environment["training"]["steps"] < total - early, "it began anew"
+    assert found.digest == open_artifact(home / whole).digest
     assert not (tmp_path / ".out.partial").exists()

@@ -156,24 +156,3 @@ def simulation_of(sequence: SequenceInfo) -> str | None:
     """
     name = sequence.metadata.get("simulation")
     return None if name is None or sequence.id.endswith(str(name)) else str(name)
-
-
-def refuse_held_out(seen: Iterable[SequenceInfo], judged: Iterable[SequenceInfo], where: object) -> None:
-    """Refuse to train on simulations that another dataset is judged on.
-
-    Args:
-        seen: What is trained on besides: the train split of an old domain.
-        judged: Held-out sequences of the new one.
-        where: The old one, for the message.
-
-    Raises:
-        LeakageError: names the first pair. Where names tell nothing (`simulation_of`), `trained_on` compares bytes.
-    """
-    known = {name: s for s in seen if (name := simulation_of(s)) is not None}
-    shared = [s for s in judged if simulation_of(s) in known]
-    if shared:
-        simulation = str(simulation_of(shared[0]))
-        raise LeakageError(f"holds {len(shared)} of the sequences that --data is judged on", where=where,
-                           expected="other simulations",
-                           found=f"{known[simulation].id} and {shared[0].id}: {simulation}",
-                           fix="Record one of them with another --seed, or split both alike")

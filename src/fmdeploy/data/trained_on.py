@@ -1,16 +1,18 @@
-"""Whether a network that a run builds on was trained on what the run is judged on.
+"""Whether a run, or a network that it builds on, is trained on what is held out.
 
 A network that was trained on the run's own dataset saw its train split, whose simulations are nowhere else. One that
 comes from another dataset may have been trained on the test scenes: its manifest names that dataset by its digest only,
-so the dataset itself must be shown to compare the two.
+so the dataset itself must be shown to compare the two. Of two datasets that a run reads, neither may train on what the
+other holds out.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -21,7 +23,7 @@ from fmdeploy.data.format import Dataset, open_dataset
 from fmdeploy.data.leakage import simulation_of
 from fmdeploy.data.sequence import SequenceInfo
 from fmdeploy.errors import ConfigError, LeakageError
-from fmdeploy.manifest import datasets_read
+from fmdeploy.manifest import datasets_learnt_from
 from fmdeploy.progress import say
 
 HELD_OUT = ("val", "test")
@@ -31,8 +33,8 @@ class TrainedOnConfig(StageConfig):
     """Options of stages that build on networks which others trained."""
 
     teacher_data: tuple[InputPath, ...] = Field(default=(), description=(
-        "DATASET that a teacher or --init was trained on, where it is not --data: refused if it holds what this run "
-        "is judged on; repeatable"))
+        "DATASET, not --data, that a network which this run builds on was trained on: refused if it holds what this "
+        "run is judged on; repeatable"))
 
     @field_validator("teacher_data", mode="before")
     @classmethod
@@ -41,29 +43,33 @@ class TrainedOnConfig(StageConfig):
 
 
 def check_training_data(
-    sources: Sequence[Artifact], data: Dataset, shown: Sequence[Path], given: Sequence[Dataset] = ()
+    sources: Sequence[Artifact], data: Dataset, shown: Sequence[Path], *, replay: Sequence[Dataset] = (),
+    judged: Sequence[Dataset] = (),
 ) -> dict[str, str]:
-    """Compare what `sources` were trained on with the held-out splits of `data`.
+    """Compare what a run and its `sources` are trained on with what is held out.
 
     Args:
         sources: Teachers, and the network to start from.
         data: The run's dataset.
-        shown: Other datasets that they were trained on.
-        given: Datasets that the run reads for another reason: each counts as shown if one of them was trained on it.
+        shown: Other datasets that the sources were trained on.
+        replay: Datasets that the run trains on besides.
+        judged: Datasets that it is judged on besides. These and `replay` count as shown where a source was trained on
+            one of them.
 
     Returns:
-        Digest of each other dataset in their lineage → `disjoint`, or `not checked` (also said aloud).
+        Digest of each other dataset in the sources' lineage → `disjoint`, or `not checked` (also said aloud).
 
     Raises:
-        LeakageError: a simulation or a recording that they were trained on is in a held-out split of `data`.
-        ConfigError: a dataset was shown that none of them was trained on, or the run's own.
+        LeakageError: a simulation or a recording that is trained on is held out.
+        ConfigError: a dataset was shown that none of the sources was trained on, or the run's own.
     """
-    foreign = {read.digest for source in sources for read in datasets_read(source.inputs)} - {data.digest}
-    known = {other.digest: other for other in (*given, *(_shown(path, foreign, data) for path in shown))}
+    contents = _Contents()
+    _require_apart(contents, [data, *replay], [data, *replay, *judged])
+    foreign = {read.digest for source in sources for read in datasets_learnt_from(source.inputs)} - {data.digest}
+    known = {other.digest: other for other in (*replay, *judged, *(_shown(path, foreign, data) for path in shown))}
     known = {digest: other for digest, other in known.items() if digest in foreign}
-    held_out = _held_out(data) if known else []
     for other in known.values():
-        _require_disjoint(other, held_out)
+        _require_unseen(contents, other, [data, *judged])
     for digest in sorted(foreign - set(known)):
         say(f"a network in the lineage was trained on dataset {digest[:12]} too, which may hold scenes that this run "
             "is judged on: show it with --teacher-data to have it checked")
@@ -82,46 +88,58 @@ def _shown(path: Path, foreign: set[str], data: Dataset) -> Dataset:
     return other
 
 
-class _HeldOut(NamedTuple):
-    """A sequence that the run is judged on."""
-
-    split: str
-    sequence: SequenceInfo
-    content: str
-
-
-def _held_out(data: Dataset) -> list[_HeldOut]:
-    return [_HeldOut(split, sequence, content_digest(data, sequence))
-            for split in HELD_OUT if data.splits.get(split) for sequence in data.split(split)]
+def _require_apart(contents: _Contents, trained: Sequence[Dataset], judged: Sequence[Dataset]) -> None:
+    """Of two datasets, compared by simulation, and by bytes where one has a recording whose name tells nothing."""
+    for ours, theirs in product(trained, judged):
+        nameless = any(simulation_of(sequence) is None for sequence in (*_train(ours), *_held_out(theirs)))
+        if ours.digest != theirs.digest and (same := contents.shared(ours, theirs, by_bytes=nameless)):
+            raise LeakageError(
+                f"the train split holds {len(same)} of the sequences that {theirs.artifact.root} holds out",
+                where=ours.artifact.root, found=_name(same[0], theirs), expected="other recordings",
+                fix="Record one of them with another --seed, or split both alike")
 
 
-def _require_disjoint(other: Dataset, held_out: Sequence[_HeldOut]) -> None:
+def _require_unseen(contents: _Contents, other: Dataset, judged: Sequence[Dataset]) -> None:
     """Compare by simulation, and by the bytes of each recording, which no new name hides."""
-    trained = other.split("train") if other.splits.get("train") else ()
-    simulations = {simulation_of(sequence) for sequence in trained} - {None}
-    contents = {content_digest(other, sequence) for sequence in trained}
-    same = [row for row in held_out if simulation_of(row.sequence) in simulations or row.content in contents]
-    if same:
-        first = same[0]
-        raise LeakageError(
-            f"a network that this run builds on was trained on {len(same)} of the sequences that the run is judged on",
-            where=other.artifact.root, found=f"{first.sequence.id} of {first.split}, simulation {first.sequence.group}",
-            expected="none", fix="Take one that was trained on other simulations",
-        )
+    for theirs in judged:
+        if other.digest != theirs.digest and (same := contents.shared(other, theirs, by_bytes=True)):
+            raise LeakageError(
+                f"a network that this run builds on was trained on {len(same)} of the sequences that the run is "
+                "judged on", where=other.artifact.root, found=_name(same[0], theirs), expected="none",
+                fix="Take one that was trained on other simulations")
 
 
-def refuse_same_bytes(old: Dataset, data: Dataset) -> None:
-    """Refuse to replay recordings that `data` holds out, of those whose name tells nothing (`simulation_of`).
+def _name(sequence: SequenceInfo, data: Dataset) -> str:
+    split = next(name for name in HELD_OUT if sequence.id in data.splits.get(name, ()))
+    return f"{sequence.id} of {split}, simulation {sequence.group}"
 
-    Raises:
-        LeakageError: a recording in the train split of `old` has equal bytes.
-    """
-    nameless = [sequence for sequence in old.split("train") if simulation_of(sequence) is None]
-    seen = {content_digest(old, sequence) for sequence in nameless}
-    if same := [row for row in _held_out(data) if row.content in seen] if seen else []:
-        raise LeakageError(f"holds {len(same)} of the sequences that --data is judged on, byte for byte",
-                           where=old.artifact.root, found=f"{same[0].sequence.id} of {same[0].split}",
-                           expected="other recordings", fix="Split both alike")
+
+def _train(data: Dataset) -> tuple[SequenceInfo, ...]:
+    return data.split("train") if data.splits.get("train") else ()
+
+
+def _held_out(data: Dataset) -> tuple[SequenceInfo, ...]:
+    return tuple(s for split in HELD_OUT if data.splits.get(split) for s in data.split(split))
+
+
+class _Contents:
+    """Digests of recordings, each found once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], str] = {}
+
+    def shared(self, trained: Dataset, judged: Dataset, *, by_bytes: bool) -> list[SequenceInfo]:
+        """Held-out sequences of `judged` whose simulation, or whose bytes, are in the train split of `trained`."""
+        simulations = {simulation_of(sequence) for sequence in _train(trained)} - {None}
+        contents = {self._of(trained, sequence) for sequence in _train(trained)} if by_bytes else set()
+        return [sequence for sequence in _held_out(judged) if simulation_of(sequence) in simulations
+                or (contents and self._of(judged, sequence) in contents)]
+
+    def _of(self, data: Dataset, sequence: SequenceInfo) -> str:
+        key = data.digest, sequence.id
+        if key not in self._known:
+            self._known[key] = content_digest(data, sequence)
+        return self._known[key]
 
 
 def content_digest(data: Dataset, sequence: SequenceInfo) -> str:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fmdeploy.models.blocks import ResidualGN, conv_gn_relu
+from fmdeploy.models.recompute import run
 from fmdeploy.models.tokens import TokenBackbone
 from fmdeploy.models.vit import Dinov2Tokens
 
@@ -47,11 +47,13 @@ class BevBackbone(TokenBackbone):
     ) -> None:
         super().__init__()
         self.dim, self.side, self.patch = dim, QUARTER // PATCH, GRID // (QUARTER // PATCH)
+        self.stem_width = stem_width
         self.stem = nn.Sequential(conv_gn_relu(num_channels, stem_width, stride=2), ResidualGN(stem_width))
         self.trunk = nn.Sequential(
             conv_gn_relu(stem_width, width, stride=2), *(ResidualGN(width, dilation) for dilation in (1, 2, 4))
         )
-        self.encoder = Dinov2Tokens(width, QUARTER, PATCH, dim, depth, heads, recompute=activation_checkpointing)
+        self.encoder = Dinov2Tokens(width, QUARTER, PATCH, dim, depth, heads,
+                                    activation_checkpointing=activation_checkpointing)
         self.activation_checkpointing = activation_checkpointing
 
     def tokens(self, *inputs: Tensor, keep_BK: Tensor | None = None) -> Tensor:
@@ -60,14 +62,22 @@ class BevBackbone(TokenBackbone):
 
     def maps(self, *inputs: Tensor, keep_BK: Tensor | None = None) -> Maps:
         """The maps at half and quarter resolution, and the hidden states."""
-        half_BCHW = self.run(self.stem, torch.cat(inputs, dim=1))
+        half_BCHW = self.finest(*inputs)
         quarter_BCHW = self.run(self.trunk, half_BCHW)
         return Maps(half_BCHW, quarter_BCHW, self.encoder(quarter_BCHW, keep_BK))
 
+    def finest(self, *inputs: Tensor) -> Tensor:
+        """The map at half resolution; see `TokenBackbone.finest`."""
+        return self.run(self.stem, torch.cat(inputs, dim=1))
+
+    @property
+    def finest_size(self) -> tuple[int, int]:
+        """See `TokenBackbone.finest_size`."""
+        return self.stem_width, GRID // 2
+
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """`block(*inputs)`, recomputed in the backward pass where that is wanted."""
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        y: Tensor = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+        y: Tensor = run(block, *inputs, recompute=self.activation_checkpointing)
         return y
 
     forward = tokens

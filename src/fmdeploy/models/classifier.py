@@ -1,6 +1,6 @@
 """Networks of `image-classification`: small, for any image size.
 
-Legend: B batch, C channels, H W rows and columns, D embedding.
+Legend: B batch, C channels, H W rows and columns of an image or of its tokens, D embedding.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fmdeploy.models.blocks import ResidualBN, ResidualGN, conv_bn_relu, conv_gn_relu
+from fmdeploy.models.blocks import ResidualBN, conv_bn_relu
+from fmdeploy.models.image_backbone import ImageBackbone
+from fmdeploy.models.vit import class_and_grid
 
 
 class CnnClassifier(nn.Module):
@@ -39,33 +41,32 @@ class CnnClassifier(nn.Module):
 
 
 class TransformerClassifier(nn.Module):
-    """A teacher: a convolutional stem to half resolution, then a transformer encoder over its cells.
+    """A teacher: a backbone of tokens that can be pre-trained, and one linear layer.
 
     Args:
         num_in: Image channels.
         num_classes: Length of the logits.
-        side: Rows and columns of the image; even.
+        side: Rows and columns of the image.
         dim: Width of the transformer.
         depth: Its blocks.
         heads: Attention heads; must divide `dim`.
+        activation_checkpointing: Recompute activations in the backward pass.
     """
 
-    def __init__(self, num_in: int, num_classes: int, side: int, *, dim: int, depth: int, heads: int) -> None:
+    def __init__(
+        self, num_in: int, num_classes: int, side: int, *, dim: int, depth: int, heads: int,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
-        self.rebuild = ("", {"dim": dim, "depth": depth, "heads": heads})
-        self.stem = nn.Sequential(conv_gn_relu(num_in, dim, stride=2), ResidualGN(dim))
-        cells = ((side + 1) // 2) ** 2
-        self.position = nn.Parameter(torch.zeros(1, cells, dim).normal_(std=0.02))
-        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.tokens = nn.Identity()  # a name for the feature loss to hook: (B, D, H / 2, W / 2)
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
+        self.rebuild = ("", {"dim": dim, "depth": depth, "heads": heads,
+                             "activation_checkpointing": activation_checkpointing})
+        self.backbone = ImageBackbone(num_in, side, dim=dim, depth=depth, heads=heads,
+                                      activation_checkpointing=activation_checkpointing)
+        self.tokens = nn.Identity()  # a name for the feature loss to hook: (B, D, tokens a side, tokens a side)
+        self.head = nn.Linear(2 * dim, num_classes)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Logits (B, classes) of float images (B, C, H, W)."""
-        x_BDHW = self.stem(image_BCHW)
-        state_BND = self.encoder(x_BDHW.flatten(2).transpose(1, 2) + self.position)
-        grid_BDHW = self.tokens(state_BND.transpose(1, 2).unflatten(2, x_BDHW.shape[2:]))
-        logits_BC: Tensor = self.head(self.norm(grid_BDHW.mean((2, 3))))
+        """Logits (B, classes) of float images (B, C, H, W), from the class token and the mean of the others."""
+        class_BD, grid_BDHW = class_and_grid(self.backbone.tokens(image_BCHW), self.backbone.side)
+        logits_BC: Tensor = self.head(torch.cat((class_BD, self.tokens(grid_BDHW).mean((2, 3))), dim=1))
         return logits_BC

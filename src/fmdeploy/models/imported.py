@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.iospec import IOSpec
+from fmdeploy.models.recompute import run
 from fmdeploy.models.tokens import TokenBackbone
 from fmdeploy.models.vit import class_and_grid
 from fmdeploy.optional import require
@@ -121,6 +122,7 @@ class ImportedBackbone(TokenBackbone):
         self.patch = width // self.side
         self.entry = nn.Conv2d(num_channels, int(config.num_channels), 1)
         self.encoder = encoder
+        self.activation_checkpointing = False  # see models/recompute.py
         for name, parameter in encoder.named_parameters():  # what gets no gradient stops DistributedDataParallel
             if "mask_token" in name or name.startswith("pooler."):
                 parameter.requires_grad_(False)
@@ -134,7 +136,7 @@ class ImportedBackbone(TokenBackbone):
         blocks = self.encoder.get_submodule(self.family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         for block in blocks:
-            state_BND = block(state_BND)
+            state_BND = run(block, state_BND, recompute=self.activation_checkpointing)
         state_BND = self.encoder.get_submodule("layernorm")(state_BND)
         if self.family.has_class:
             return torch.as_tensor(state_BND)

@@ -1,7 +1,7 @@
 """What every pre-training objective needs of a teacher: a backbone that turns sensors into tokens.
 
-Legend: B batch, C channels, H W rows and columns of an input, N tokens of the whole picture, K visible ones,
-D embedding.
+Legend: B batch, C channels, H W rows and columns of an input, h those of a map inside, N tokens of the whole picture,
+K visible ones, D embedding.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError
+from fmdeploy.models.vit import class_and_grid
 
 
 class TokenBackbone(nn.Module, ABC):
@@ -36,6 +37,18 @@ class TokenBackbone(nn.Module, ABC):
                 transformer, and (B, 1 + K, D) in their order come back (MAE, arXiv:2111.06377, section 3). What
                 stands in front of the transformer sees the inputs as they are given: blank hidden patches there.
         """
+
+    def finest(self, *inputs: Tensor) -> Tensor:
+        """The finest map (B, C, h, h) that a decoder may read besides the tokens; `finest_size` says C and h.
+
+        Default: the tokens themselves as a map.
+        """
+        return class_and_grid(self.tokens(*inputs), self.side)[1]
+
+    @property
+    def finest_size(self) -> tuple[int, int]:
+        """Channels of `finest`, and its cells a side, a multiple of `side`."""
+        return self.dim, self.side
 
 
 def backbone_of(teacher: nn.Module, *, where: object) -> TokenBackbone:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fmdeploy.errors import ConfigError
+from fmdeploy.models.recompute import run
 from fmdeploy.optional import require
 
+SPREAD = 0.02  # of first weights, as DINOv2 has it for wide networks
 
-def dinov2_encoder(num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int) -> nn.Module:
+
+def dinov2_encoder(
+    num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int, spread: float = SPREAD
+) -> nn.Module:
     """A DINOv2 encoder (arXiv:2304.07193) with random weights.
 
     Its `forward(pixel_values=...)` returns an object whose `last_hidden_state` is (B, 1 + N, D): one class token,
@@ -29,7 +33,7 @@ def dinov2_encoder(num_channels: int, image: int, patch: int, dim: int, depth: i
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     config = transformers.Dinov2Config(
         num_channels=num_channels, image_size=image, patch_size=patch, hidden_size=dim, num_hidden_layers=depth,
-        num_attention_heads=heads, use_mask_token=False, attn_implementation=attention,
+        num_attention_heads=heads, use_mask_token=False, attn_implementation=attention, initializer_range=spread,
     )
     encoder: nn.Module = transformers.Dinov2Model(config)
     # The mask token belongs to self-supervised pre-training. DistributedDataParallel stops when a parameter that
@@ -43,20 +47,22 @@ class Dinov2Tokens(nn.Module):
     """A DINOv2 encoder that returns its last hidden state as a plain tensor.
 
     Args:
-        recompute: Keep the input of each block alone for the backward pass, and run it again there. Block by block:
-            all of them at once would hold everything again as soon as the backward pass begins.
+        spread: Standard deviation of the first weights.
+        activation_checkpointing: Keep the input of each block alone for the backward pass, and run it again there.
+            Block by block: all of them at once would hold everything again as soon as the backward pass begins.
     """
 
     def __init__(
-        self, num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int, *, recompute: bool = False,
+        self, num_channels: int, image: int, patch: int, dim: int, depth: int, heads: int, *, spread: float = SPREAD,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.dinov2 = dinov2_encoder(num_channels, image, patch, dim, depth, heads)
-        self.recompute = recompute
+        self.dinov2 = dinov2_encoder(num_channels, image, patch, dim, depth, heads, spread)
+        self.activation_checkpointing = activation_checkpointing
 
     def forward(self, x_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """Hidden states (B, 1 + N, D) of a map (B, C, image, image); of the tokens `keep_BK` alone where given."""
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         if keep_BK is None and not recompute:
             last_BND: Tensor = self.dinov2(pixel_values=x_BCHW).last_hidden_state
             return last_BND
@@ -67,7 +73,7 @@ class Dinov2Tokens(nn.Module):
             state_BND = torch.cat((state_BND[:, :1], state_BND[:, 1:].gather(1, index_BKD)), dim=1)
         if recompute:
             for block in part("encoder.layer").children():
-                state_BND = checkpoint(block, state_BND, use_reentrant=False)
+                state_BND = run(block, state_BND, recompute=True)
         else:
             state_BND = part("encoder")(state_BND).last_hidden_state
         normed_BND: Tensor = part("layernorm")(state_BND)

@@ -50,7 +50,7 @@ def cost_of(subject: Subject, config: StepConfig, *, processes: int = 1) -> dict
     whole = subject.whole(config.steps)
     if config.sharding == "fsdp":
         refuse_scalars(whole)
-    found = phases(subject, config, size)
+    found = phases(subject, config, size, processes)
     batch = sum(array.nbytes for arrays in subject.batch(whole, 1).values() for array in arrays.values()) * size
     _, targets = subject.samples.batch(np.zeros(1, np.int64))
     unknown = any(choice.kind.needs_labels for choice in subject.choices) and not targets

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fmdeploy.models import input_list
 from fmdeploy.plan.fake import LOOKED, Pass, measure_pass
 from fmdeploy.task import Samples, Task
-from fmdeploy.teacher.objectives.pretraining import Pretraining
+from fmdeploy.teacher.objectives.pretraining import Pretraining, with_arrays
 from fmdeploy.teacher.objectives.registry import Choice
 from fmdeploy.training.config import Precision, StepConfig
 from fmdeploy.training.loop import Batch, Tensors, to_tensors
@@ -69,27 +69,29 @@ class Subject:
         """Arrays (B, ...) as `PretrainingBatches` makes them, of `size` samples."""
         index = np.arange(size) % len(self.samples)
         inputs, targets = self.samples.batch(index)
-        found: Batch = {"inputs": inputs, "targets": targets}
-        for objective in whole.each().values():
-            rngs = [np.random.default_rng(number) for number in range(size)]
-            found |= {kind: dict(arrays) for kind, arrays in objective.arrays(self.samples, index, rngs).items()}
-        return found
+        objectives = tuple(whole.each().values())
+        rngs = [[np.random.default_rng(number) for number in range(size)] for _ in objectives]
+        found, fixed = with_arrays({"inputs": inputs, "targets": targets}, objectives, self.samples, index, rngs)
+        return found | fixed
 
 
-def phases(subject: Subject, config: StepConfig, size: int) -> tuple[Phase, ...]:
-    """Cost of a run's steps, where one process has `size` samples of each part."""
+def phases(subject: Subject, config: StepConfig, size: int, processes: int) -> tuple[Phase, ...]:
+    """Cost of a run's steps, where each of `processes` has `size` samples of each part."""
     whole = subject.whole(config.steps)
     later = {step for objective in whole.each().values() for step in objective.changes() if step < config.steps}
     starts = sorted({0, *later})
     ends = [*starts[1:], config.steps]
-    return tuple(_phase(subject, config, size, first, end - first) for first, end in zip(starts, ends, strict=True))
+    return tuple(_phase(subject, config, (size, processes), first, end - first)
+                 for first, end in zip(starts, ends, strict=True))
 
 
-def _phase(subject: Subject, config: StepConfig, size: int, first: int, steps: int) -> Phase:
+def _phase(subject: Subject, config: StepConfig, share: tuple[int, int], first: int, steps: int) -> Phase:
+    size, processes = share
+
     def look(samples: int, *, fake: bool) -> Pass:
         whole = subject.whole(config.steps)  # a fresh one: a pass leaves its traces in the objectives
         for objective in whole.each().values():
-            objective.look_ahead(first)
+            objective.look_ahead(first, processes)
         small = subject.batch(whole, min(samples, FEW[0]) if fake else samples)
         return _measured(whole, small, samples, config.precision, fake=fake)
 

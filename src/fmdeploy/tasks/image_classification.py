@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KD_TEMPERATURE = 2.0
+SIZES: dict[str, Any] = {"dim": 64, "depth": 2, "heads": 2, "activation_checkpointing": False}
 
 
 class ImageClassification(Task):
@@ -69,16 +70,19 @@ class ImageClassification(Task):
         return kl_divergence(outputs["logits"], teacher_outputs["logits"], temperature=KD_TEMPERATURE)
 
     def teacher(self, options: Mapping[str, Any]) -> nn.Module:
-        """A transformer over the cells of a convolutional stem; options `dim`, `depth`, `heads`."""
+        """A vision transformer behind a convolutional stem, for square images; options as in `SIZES`."""
         from fmdeploy.models.blocks import GROUPS
         from fmdeploy.models.classifier import TransformerClassifier
 
-        sizes = {"dim": 64, "depth": 2, "heads": 2, **options}
-        if unknown := sorted(set(sizes) - {"dim", "depth", "heads"}):
-            raise ConfigError(f"has no size {unknown[0]!r}", where="teacher", expected="dim, depth, heads")
+        sizes = {**SIZES, **options}
+        if unknown := sorted(set(sizes) - set(SIZES)):
+            raise ConfigError(f"has no size {unknown[0]!r}", where="teacher", expected=", ".join(SIZES))
         if sizes["dim"] % sizes["heads"] or sizes["dim"] % GROUPS:
             raise ConfigError("the sizes do not fit together", where="teacher", found=sizes,
                               expected=f"dim a multiple of heads and of {GROUPS}")
+        if self.image_shape[1] != self.image_shape[2]:
+            raise ConfigError("the built-in teacher takes square images", where=f"task {self.name}",
+                              found=self.image_shape, fix="Override the task's method `teacher`")
         return TransformerClassifier(self.image_shape[0], self.num_classes, self.image_shape[1], **sizes)
 
     def student(self, name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -13,6 +13,7 @@ import numpy as np
 from fmdeploy.task import Arrays, Task
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.loop import Batch
+from fmdeploy.training.mixture.draws import Draws
 from fmdeploy.training.mixture.options import Mixture
 from fmdeploy.training.sampler import Index, Sampler, mirror_mask, my_part
 
@@ -34,9 +35,14 @@ class SupervisedBatches:
     index: Index | None = None
 
     @cached_property
+    def draws(self) -> Draws:
+        """What is drawn from."""
+        return self.mixture.draws(self.index)
+
+    @cached_property
     def sampler(self) -> Sampler:
         """The order of the samples."""
-        return self.mixture.sampler(self.config.batch, self.config.seed, self.index)
+        return self.draws.sampler(self.config.batch, self.config.seed)
 
     def __call__(self, step: int, part: int) -> Batch:
         """Part `part` of step `step`; equal arguments give equal bytes."""
@@ -48,7 +54,7 @@ class SupervisedBatches:
 
     def read(self, chosen: Index) -> Batch:
         """`inputs` and `targets` of the samples `chosen` (B,), as they are."""
-        inputs, targets = self.mixture.batch(chosen, self.index)
+        inputs, targets = self.draws.batch(chosen)
         return {"inputs": inputs, "targets": targets}
 
     def mirrored(self, batch: Batch, step: int, part: int) -> Batch:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from fmdeploy.errors import ConfigError
+from fmdeploy.errors import ConfigError, FmdeployError
 from fmdeploy.optional import require
 from fmdeploy.training.config import Precision
+from fmdeploy.training.distributed import world
 
+ResultT = TypeVar("ResultT")
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,6 +98,28 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(was_training)
+
+
+def first_decides(decide: Callable[[], ResultT]) -> ResultT:
+    """What the first process finds, given to all of them; what it raises, all raise, and it alone tells of it.
+
+    For checks that read much of the data and say something on the way: once a run is enough.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return decide()
+    make_accelerator("fp32")  # starts the process group
+    said: list[Any] = [None, None]
+    if world()[0] == 0:
+        try:
+            said[0] = decide()
+        except FmdeployError as error:
+            said[1] = error
+    torch.distributed.broadcast_object_list(said)
+    found, problem = said
+    if problem is not None:
+        problem.told = world()[0] > 0
+        raise problem
+    return found  # type: ignore[no-any-return]
 
 
 @contextmanager

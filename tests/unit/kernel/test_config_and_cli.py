@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from fmdeploy.artifact import open_artifact
 from fmdeploy.command import Outcome, click_options, command
 from fmdeploy.config import InputPath, OutputPath, RunOnly, StageConfig, load_config
 from fmdeploy.draft import Draft, produce
-from fmdeploy.errors import ConfigError, FmdeployError, GateError, InputError, MissingDependencyError
+from fmdeploy.errors import ConfigError, FmdeployError, GateError, InputError, LeakageError, MissingDependencyError
 from fmdeploy.manifest import Kind
 from fmdeploy.optional import require
 
@@ -180,6 +181,20 @@ def test_a_missing_package_says_what_to_install() -> None:
 def test_the_error_tree_has_the_documented_exit_codes() -> None:
     assert (FmdeployError("x").exit_code, GateError("x").exit_code, InputError("x").exit_code) == (4, 1, 2)
     assert str(InputError("two\nlines", where="a", expected=1)) == "a: two lines (expected 1)"
+
+
+@pytest.mark.parametrize("kind", [FmdeployError, ConfigError, GateError, LeakageError, MissingDependencyError])
+def test_an_error_reaches_another_process_and_is_told_once(
+    kind: type[FmdeployError], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = kind("is odd", where=tmp_path, expected="even", found=3, fix="Add one")
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is kind
+    assert str(sent) == str(error)
+    assert vars(sent) == vars(error)
+    sent.told = True
+    assert cli.report_error(sent) == kind.exit_code
+    assert capsys.readouterr().err == ""
 
 
 def test_click_is_not_asked_for_required_flags() -> None:

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from fmdeploy.errors import ConfigError
 from fmdeploy.models import example_inputs, input_list, named_outputs, num_parameters, predictor
+from fmdeploy.models.recompute import checkpoint_activations
 from fmdeploy.models.transformer import transformer_blocks
 from fmdeploy.tasks.bev_occupancy import BevOccupancy
 from fmdeploy.tasks.image_classification import ImageClassification
@@ -67,6 +68,13 @@ def test_activation_checkpointing_changes_memory_not_gradients() -> None:
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
         torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_a_network_that_cannot_recompute_says_so() -> None:
+    checkpoint_activations(nn.Linear(2, 2), None)
+    checkpoint_activations(nn.Linear(2, 2), False)
+    with pytest.raises(ConfigError, match="no part of this network can recompute its activations"):
+        checkpoint_activations(nn.Linear(2, 2), True)
 
 
 def test_blocks_are_recomputed_one_by_one() -> None:

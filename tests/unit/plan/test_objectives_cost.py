@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,26 @@ def test_a_world_model_does_other_work_once_its_tokeniser_is_trained(scenes: Pat
     assert found["flops"]["run"] == pytest.approx(2 * per_step[0] + 6 * per_step[1])
 
 
+def test_a_plan_asks_objectives_as_training_does(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds, shapes and types of arrays, and what is refused."""
+    config = TeacherConfig(data=scenes, out=scenes / "none", objective=("mae", "worldmodel"), **SMALL)
+    task, samples = load_task(config.task), load_task(config.task).samples(open_dataset(scenes), "train")
+    subject = Subject(task, task.teacher(config.sizes()), choose(config.objective, ()), samples)
+    whole = subject.whole(config.steps)
+    batches = PretrainingBatches(task, Mixture(samples), config, objectives=tuple(whole.each().values()))
+
+    def looks(batch: dict[str, Any]) -> dict[str, Any]:
+        return {kind: {name: (a.shape, a.dtype) for name, a in arrays.items()} for kind, arrays in batch.items()}
+
+    assert looks(subject.batch(whole, 4)) == looks(batches(0, 0))
+    monkeypatch.setattr(type(whole.each()["mae"]), "arrays", lambda *_: {"worldmodel": {}})
+    same = "two objectives make the same kind of array"
+    with pytest.raises(ConfigError, match=same):
+        subject.batch(whole, 4)
+    with pytest.raises(ConfigError, match=same):
+        batches(0, 0)
+
+
 @pytest.mark.parametrize("objective", LABEL_FREE)
 def test_an_objectives_own_parts_are_counted(objective: str) -> None:
     found, bare = plan(objective=(objective,), **SMALL).data, plan(**SMALL).data
@@ -109,6 +132,36 @@ def test_what_small_steps_say_of_a_larger_one_is_what_it_takes(scenes: Path, obj
     assert max(FEW) == 4
     larger = {**SMALL, "batch": 12}
     assert plan(objective=(objective,), **larger).data["flops"]["per_step"] == pytest.approx(counted(scenes, objective, batch=12))
+
+
+GATHERING = """
+import json, sys, torch, torch.distributed as dist
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_objectives_cost import counted
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+flops = counted(Path(sys.argv[1]), "contrastive")
+if dist.get_rank() == 0:
+    print(json.dumps(flops))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_keys_that_other_processes_send_are_counted(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(GATHERING)
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(tmp_path / "script.py"), str(scenes), str(here)]
+    paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = plan(objective=("contrastive",), processes=2, **SMALL).data
+    assert found["flops"]["per_step"] / 2 == pytest.approx(json.loads(done.stdout), rel=1e-9)
+    alone = plan(objective=("contrastive",), **{**SMALL, "batch": 2}).data
+    assert found["flops"]["per_step"] > 2 * alone["flops"]["per_step"]
+    assert found["memory_mib"]["activations"] > alone["memory_mib"]["activations"]
 
 
 def test_shares_of_a_sharded_run_are_counted_as_shares() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from fmdeploy.artifact import open_artifact
 from fmdeploy.data.format import open_dataset
 from fmdeploy.distill.distill import distill
-from fmdeploy.errors import ConfigError
+from fmdeploy.errors import ConfigError, LeakageError
 from fmdeploy.evaluate.sqnr import sqnr_db
 from fmdeploy.models import predictor
 from fmdeploy.models.saved import load_model
@@ -22,8 +22,9 @@ from fmdeploy.quantize import modelopt
 from fmdeploy.quantize.calibrate import draw
 from fmdeploy.quantize.grid import fp16_amax
 from fmdeploy.quantize.ptq import QuantisedStudent, ptq
-from fmdeploy.quantize.qad import teaching
+from fmdeploy.quantize.qad import school
 from fmdeploy.quantize.qat import Lesson, imitation, qat, validation
+from fmdeploy.quantize.quantize import quantize
 from fmdeploy.task import load_task
 from fmdeploy.teacher.cache import cache
 from fmdeploy.teacher.train import train
@@ -160,8 +161,8 @@ def test_qad_brings_the_int8_student_closer_to_the_teacher(taught: Path, tmp_pat
     student, teacher = load_model(artifact).module, load_model(open_artifact(taught / "teacher")).module
     quantised = ptq(student, TASK.io, draw(TASK, data, count=4, seed=0))
     before = _divergence(taught, teacher, quantised.module)
-    lesson = teaching(quantised, artifact, CONFIG, data=taught / "data", teacher=taught / "teacher",
-                      features=taught / "features", task="bev-occupancy")
+    lesson = school(artifact, CONFIG, data=taught / "data", teacher=taught / "teacher",
+                    features=taught / "features", task="bev-occupancy").lesson(quantised)
     trained, _ = qat(quantised, lesson, CONFIG, folder=tmp_path / "check", log=tmp_path / "log.jsonl")
     after = _divergence(taught, teacher, trained.module)
     assert after < 0.95 * before, f"{before:.4f} -> {after:.4f}"
@@ -170,11 +171,34 @@ def test_qad_brings_the_int8_student_closer_to_the_teacher(taught: Path, tmp_pat
 def test_qad_sees_the_labels_that_the_student_saw(taught: Path) -> None:
     artifact = open_artifact(taught / "student")
     quantised = ptq(load_model(artifact).module, TASK.io, draw(TASK, open_dataset(taught / "data"), count=4, seed=0))
-    lesson = teaching(quantised, artifact, CONFIG, data=taught / "data", teacher=taught / "teacher",
-                      features=taught / "features", task="bev-occupancy")
+    lesson = school(artifact, CONFIG, data=taught / "data", teacher=taught / "teacher",
+                    features=taught / "features", task="bev-occupancy").lesson(quantised)
     batches: Any = lesson.batch
     assert len(batches.labelled) == 18 == len(batches.samples) / 2
     assert batches.config.loss == ("labels=0.5", "logits=2")
+
+
+def test_a_qad_teacher_of_other_data_is_compared_with_what_is_held_out(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path / "same", sequences=32)  # the first 16 are those of `data`, all of them for training
+    write_scenes(tmp_path / "other", seed=9)
+    given: dict[str, Any] = {"student": taught / "student", "data": taught / "data", "mode": "qad", "steps": 1,
+                             "batch": 4, "calibration_samples": 4}
+    for name in ("same", "other"):
+        train(data=tmp_path / name, out=tmp_path / f"{name}-teacher", steps=1, **TEACHER)
+    with pytest.raises(LeakageError, match="was trained on 4 of the sequences that the run is judged on"):
+        quantize(out=tmp_path / "q", teacher=tmp_path / "same-teacher", teacher_data=tmp_path / "same", **given)
+    assert "show it with --teacher-data" not in capsys.readouterr().err
+    school(open_artifact(taught / "student"), CONFIG, data=taught / "data", teacher=tmp_path / "other-teacher",
+           features=None, task="bev-occupancy")
+    assert "show it with --teacher-data" in capsys.readouterr().err  # an option that quantize has
+    made = quantize(out=tmp_path / "q", teacher=tmp_path / "other-teacher", teacher_data=tmp_path / "other", **given)
+    digest = open_artifact(tmp_path / "other").digest
+    assert made.json("metrics.json")["teacher_data"] == {digest: "disjoint"}
+    assert set(made.inputs) == {"student", "data", "teacher"}
+    with pytest.raises(ConfigError, match="a teacher is for --mode qad"):
+        quantize(out=tmp_path / "p", **{**given, "mode": "ptq"}, teacher_data=tmp_path / "other")
 
 
 def test_a_loss_and_a_traceable_student_are_needed(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import StageConfig
@@ -14,7 +14,7 @@ from fmdeploy.manifest import Kind
 
 
 def sources(data: Any = None, artifacts: tuple[Artifact, ...] = ()) -> Sources:
-    return cast(Sources, SimpleNamespace(data=data, artifacts=artifacts))
+    return Sources(artifacts, None, data, (), None, (), datasets=() if data is None else (data,))
 
 
 def test_maps_rigs_and_days_are_listed_by_side() -> None:

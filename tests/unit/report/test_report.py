@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import pytest
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.cli import main
 from fmdeploy.data.format import open_dataset
+from fmdeploy.draft import Draft
 from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.evaluate.gates import Result
 from fmdeploy.evaluate.report import report
-from support.report_artifacts import pipeline
+from fmdeploy.manifest import Kind
+from fmdeploy.task import load_task
+from support.report_artifacts import dataset, make, network, pipeline, write_model
 
 Parts = dict[str, Artifact]
 VOID = {"meta", "img", "br", "path", "use", "rect", "circle", "line"}
@@ -112,7 +116,6 @@ def test_user_text_is_escaped(parts: Parts, tmp_path: Path) -> None:
 def test_numbers_are_those_of_the_evaluations(parts: Parts, tmp_path: Path) -> None:
     from fmdeploy.evaluate.bootstrap import drop
     from fmdeploy.evaluate.evaluation import Evaluation
-    from fmdeploy.task import load_task
 
     text = html.unescape(write(parts, tmp_path / "report.html"))
     metric = load_task("bev-occupancy").metrics()[0]
@@ -150,9 +153,6 @@ def test_each_missing_input_is_said_and_never_drawn_empty(parts: Parts, tmp_path
 
 def test_models_judged_on_other_samples_are_left_out(parts: Parts, tmp_path: Path) -> None:
     other = pipeline(tmp_path / "other")
-    from fmdeploy.manifest import Kind
-    from support.report_artifacts import dataset, network
-
     data = dataset(tmp_path / "more", sequences=30)
     student = network(tmp_path / "student", Kind.STUDENT, "student", data, None, 137_000)
     report(artifacts=[str(other["teacher"].root), str(student.root)], out=str(tmp_path / "r.html"))
@@ -188,10 +188,7 @@ def test_trivial_predictions_stand_beside_the_models(
 
 
 def test_bundle_and_check_alone_still_compare_with_the_teacher(parts: Parts, tmp_path: Path) -> None:
-    from fmdeploy.draft import Draft
     from fmdeploy.evaluate.evaluation import Evaluation
-    from fmdeploy.manifest import Kind
-    from support.report_artifacts import make
 
     def carry(draft: Draft) -> None:
         draft.write_json("metrics.json", {})
@@ -216,13 +213,64 @@ def test_artifacts_stay_untouched_and_take_no_report(parts: Parts, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_two_teachers_are_refused(parts: Parts, tmp_path: Path) -> None:
-    from fmdeploy.manifest import Kind
-    from support.report_artifacts import network
+def test_all_teachers_and_datasets_of_a_student_are_shown(parts: Parts, tmp_path: Path) -> None:
+    """The one that the student carries as its best leads; the dataset that they were judged on is drawn from."""
+    more = dataset(tmp_path / "more", sequences=30)
+    second = network(tmp_path / "second", Kind.TEACHER, "student", parts["data"], None, 5_000_000)
+    third = network(tmp_path / "third", Kind.TEACHER, "teacher", more, None, 3_000_000)
 
-    second = network(tmp_path / "second", Kind.TEACHER, "student", parts["data"], None, 5)
-    with pytest.raises(ArtifactError, match="speaks of one TEACHER"):
-        report(artifacts=[str(parts["teacher"].root), str(second.root)], out=str(tmp_path / "r.html"))
+    def build(draft: Draft) -> None:
+        draft.write_json("metrics.json", {"params": 137_000})
+        for suffix in (".json", ".safetensors"):
+            shutil.copyfile(second.path(f"evaluation{suffix}"), draft.path(f"teacher_evaluation{suffix}"))
+        write_model(draft, load_task("bev-occupancy"), parts["data"], "student")
+
+    student = make(tmp_path / "student", Kind.STUDENT,
+                   {"data": parts["data"], "teacher0": parts["teacher"], "teacher1": second, "replay0": more}, build)
+    given = [more, third, parts["teacher"], second, student, parts["data"]]
+    report(artifacts=[str(each.root) for each in given], out=str(tmp_path / "r.html"))
+    text = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    for name in ("teacher second", "teacher teacher"):
+        assert f'<th scope="row">{name}</th>' in text
+    assert "of the teacher second's" in text
+    assert "teacher third: judged on other samples than teacher second" in text
+    for data in ("data", "more"):
+        assert f'<th scope="row">{data}: train</th>' in text
+    assert "1/36.5" in text  # of the leading teacher's parameters
+
+
+def test_ancestors_that_were_not_given_are_named(parts: Parts, tmp_path: Path) -> None:
+    text = write(parts, tmp_path / "r.html", "student")
+    for name in ("data", "teacher"):
+        digest = parts[name].digest
+        row = text[text.index(f'title="{digest}"') - 200 : text.index(f'title="{digest}"')]
+        assert "not given" in row, name
+
+
+def test_the_teacher_is_judged_on_the_students_samples_where_the_student_knows_that(
+    parts: Parts, tmp_path: Path
+) -> None:
+    more = dataset(tmp_path / "more", sequences=30)
+
+    def build(draft: Draft) -> None:
+        draft.write_json("metrics.json", {"params": 137_000})
+        write_model(draft, load_task("bev-occupancy"), more, "student")
+        write_model(draft, load_task("bev-occupancy"), more, "teacher", "-of-teacher")
+        for suffix in (".json", ".safetensors"):
+            draft.path(f"evaluation-of-teacher{suffix}").rename(draft.path(f"teacher_evaluation{suffix}"))
+
+    student = make(tmp_path / "student", Kind.STUDENT, {"data": more, "teacher": parts["teacher"]}, build)
+    report(artifacts=[str(each.root) for each in (parts["data"], parts["teacher"], more, student)],
+           out=str(tmp_path / "r.html"))
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "The student keeps" in text
+    assert "judged on other samples" not in text
+
+
+def test_two_bundles_are_refused(parts: Parts, tmp_path: Path) -> None:
+    second = make(tmp_path / "second", Kind.BUNDLE, {}, lambda draft: draft.write_json("metrics.json", {}))
+    with pytest.raises(ArtifactError, match="speaks of one BUNDLE"):
+        report(artifacts=[str(parts["bundle"].root), str(second.root)], out=str(tmp_path / "r.html"))
 
 
 def test_command_line(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

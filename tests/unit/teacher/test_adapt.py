@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.config import load_config
@@ -23,6 +24,7 @@ from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
+from fmdeploy.models import recompute
 from fmdeploy.models.additions import Addition, add, additions_of
 from fmdeploy.models.saved import LoadedModel, load_model
 from fmdeploy.task import load_task
@@ -116,18 +118,18 @@ def test_lora_names_are_stable_and_its_start_changes_nothing(home: Path) -> None
 
 def test_lora_is_seen_by_torchs_own_encoder_layer_in_evaluation() -> None:
     """Its fast path reads the weights of the layers that are wrapped."""
-    task = load_task("image-classification")
-    module = task.teacher({"dim": 16, "depth": 1, "heads": 2}).eval()
-    image = torch.rand(2, 3, 32, 32)
-    add_lora(module, rank=1, alpha=1.0, convolutions=False, targets=("encoder",))
+    layer = nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+    module = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
+    tokens = torch.rand(2, 9, 16)
+    add_lora(module, rank=1, alpha=1.0, convolutions=False, targets=())
     with torch.no_grad():
-        before = module(image)
+        before = module(tokens)
         for name, parameter in module.named_parameters():
             if "lora_" in name:
                 parameter.normal_()
-        moved = module(image)
+        moved = module(tokens)
         assert (moved - before).abs().max() > 1e-3
-        assert (fold_lora(module)(image) - moved).abs().max() <= 1e-5 * moved.abs().max().clamp_min(1)
+        assert (fold_lora(module)(tokens) - moved).abs().max() <= 1e-5 * moved.abs().max().clamp_min(1)
 
 
 def test_a_copy_of_a_network_has_additions_of_its_own(home: Path) -> None:
@@ -199,7 +201,7 @@ def test_the_effect_on_both_domains_is_measured(home: Path, tmp_path: Path) -> N
     assert metrics["source_fall"]["value"] == pytest.approx((metrics["source_before"] - after) / metrics["source_before"])
     assert metrics["target_after"] == pytest.approx(metrics["test"]["iou"])
     assert metrics["labels"] == {"samples": 18, "of": 36}
-    assert set(adapter.inputs) == {"teacher", "data", "replay0", "source_data"}
+    assert set(adapter.inputs) == {"teacher", "data", "replay0", "evaluation_data"}
     assert metrics["teacher_data"] == {open_dataset(home / "data").digest: "disjoint"}
 
 
@@ -218,6 +220,23 @@ def test_the_same_request_gives_the_same_digest_however_often_it_is_killed(home:
     resumed = adapt(out=tmp_path / "killed", checkpoint_every=2, **given)
     assert resumed.manifest.environment["training"]["steps"] < 40, "it began anew"
     assert resumed.digest == adapt(out=tmp_path / "whole", **given).digest
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_activations_are_recomputed_where_that_is_wanted_and_nothing_else_changes(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    ran: list[nn.Module] = []
+
+    def spied(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+        ran.append(block)
+        return checkpoint(block, *inputs, **options)
+
+    monkeypatch.setattr(recompute, "checkpoint", spied)
+    saving = {"out": tmp_path / "a", "method": method, "activation_checkpointing": True, **FAST}
+    adapter = adapt(teacher=home / "teacher", data=home / "new", **saving)
+    assert len(ran) >= FAST["steps"]
+    assert adapter.digest == open_artifact(home / method).digest
 
 
 def test_mixture_and_replay_are_those_of_the_other_stages(home: Path, tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def test_an_imported_teacher_is_cached_fine_tuned_and_adapted(home: Path, tmp_pa
         adapt(teacher=imported.root, data=home / "data", out=tmp_path / "a", steps=1, batch=4, precision="fp32")
     adapted = adapt(teacher=imported.root, data=home / "data", out=tmp_path / "a", steps=2, batch=4, precision="fp32", also=("head",))
     assert adapted.json("adapter.json")["heads"]
-    tuned = train(data=home / "data", init=imported.root, out=tmp_path / "tuned", steps=2, batch=4, precision="fp32")
+    tuned = train(data=home / "data", init=imported.root, out=tmp_path / "tuned", steps=2, batch=4, precision="fp32",
+                  activation_checkpointing=True)
     assert tuned.json("model.json")["name"] == "hf:"
     assert load_model(tuned).recipe.heads
     assert Evaluation.load(tuned, "evaluation").ids
@@ -120,6 +121,7 @@ def test_a_checkpoint_of_the_tasks_own_teacher_comes_back(home: Path, suffix: st
     else:
         torch.save({"epoch": 3, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}, "net": state}, path)
     found = import_teacher(source=path, out=tmp_path / "t", data=home / "data", **SIZES)
+    assert set(found.inputs) == {"evaluation_data"}, "it learnt nothing from it"
     again = load_model(found)
     assert again.recipe.heads
     for name, value in again.module.state_dict().items():

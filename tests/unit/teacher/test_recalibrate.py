@@ -17,7 +17,7 @@ from fmdeploy.models.saved import load_model
 from fmdeploy.teacher.recalibrate import estimate_running, match_moments, norms_of, recalibrate
 from fmdeploy.teacher.train import train
 
-GAIN, OFFSET = np.array([0.15, 1.0, 0.4], np.float32), np.array([0.5, 0.0, 0.3], np.float32)
+GAIN, OFFSET = np.full(3, 0.35, np.float32), np.full(3, 0.5, np.float32)  # a sensor of low contrast
 SPLITS = {"train": np.arange(192), "test": np.arange(192, 288)}
 
 
@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed, other in (("old", 0, False), ("new", 7, True), ("same", 7, False)):
         image, label = images(seed, other_sensor=other)
         write_arrays(folder / name, {"image": image, "label": label}, SPLITS)
-    train(data=folder / "old", out=folder / "teacher", task="image-classification", dim=16, depth=1, heads=2, steps=70,
+    train(data=folder / "old", out=folder / "teacher", task="image-classification", dim=16, depth=1, heads=2, steps=70, seed=1,
           batch=16, precision="fp32", lr=6e-3)
     return folder
 
@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_helps_after_a_planted_change_of_gains(home: Path, tmp_path: Path) -> None:
     found = recalibrate(teacher=home / "teacher", data=home / "new", source_data=home / "old", out=tmp_path / "t")
     target = found.json("metrics.json")["target"]
-    assert target["after"] >= target["before"] + 0.08, target
+    assert target["after"] >= target["before"] + 0.3, target
     assert target["after"] == pytest.approx(found.json("metrics.json")["test"]["accuracy"])
     assert set(found.inputs) == {"teacher", "data", "source_data"}
     assert list(load_model(found).module.state_dict()) == list(load_model(open_artifact(home / "teacher")).module.state_dict())

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fmdeploy.artifact import open_artifact
 from fmdeploy.data.format import open_dataset
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.evaluate.evaluation import Evaluation
+from fmdeploy.models import recompute
 from fmdeploy.models.saved import load_model
 from fmdeploy.teacher.train import train
 from support.training_data import TEACHER, write_scenes
@@ -80,6 +84,27 @@ def test_any_task_trains_with_the_same_command(tmp_path: Path) -> None:
     metrics = json.loads(teacher.path("metrics.json").read_text())
     assert set(metrics) == {"params", "labels", "objective", "test"}
     assert 0 <= metrics["test"]["accuracy"] <= 1
+
+
+def test_a_run_from_a_teacher_may_recompute_its_activations(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[nn.Module] = []
+
+    def spied(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+        ran.append(block)
+        return checkpoint(block, *inputs, **options)
+
+    monkeypatch.setattr(recompute, "checkpoint", spied)
+    options = {"data": home / "data", "init": home / "teacher", "steps": 2, "batch": 4, "precision": "fp32"}
+    plain = train(out=tmp_path / "plain", **options)
+    assert not ran
+    saving = train(out=tmp_path / "saving", activation_checkpointing=True, **options)
+    assert ran
+    assert saving.path("model.safetensors").read_bytes() == plain.path("model.safetensors").read_bytes()
+    assert saving.json("model.json") == plain.json("model.json")
+    with pytest.raises(ConfigError, match="sizes are those of --init: leave out depth"):
+        train(out=tmp_path / "deep", depth=1, activation_checkpointing=True, **options)
 
 
 def test_a_dataset_of_another_task_is_refused(home: Path, tmp_path: Path) -> None:

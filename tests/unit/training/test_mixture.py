@@ -15,6 +15,8 @@ from fmdeploy.errors import ConfigError
 from fmdeploy.subset import Subset
 from fmdeploy.task import Array, Arrays
 from fmdeploy.tasks.bev_occupancy import BevOccupancy
+from fmdeploy.training.batches import SupervisedBatches
+from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.losses import class_loss, soft_dice, weighted_bce
 from fmdeploy.training.mixture import options
 from fmdeploy.training.mixture.joined import Joined, replay_buffer
@@ -187,8 +189,9 @@ def test_importance_weights_undo_the_oversampling(seed: int) -> None:
 def test_weights_average_one_over_the_draws_from_a_part_of_the_samples() -> None:
     rate_N, part = np.array([0.5, 0.5, 1.0, 2.0]), np.array([2, 3])
     mixture = Mixture(Toy(4), rate_N, importance=True)
-    drawn = np.concatenate([mixture.sampler(6, 0, part).index(step) for step in range(20)])
-    weights = mixture.weights(drawn, part)
+    draws = mixture.draws(part)
+    drawn = np.concatenate([draws.sampler(6, 0).index(step) for step in range(20)])
+    weights = draws.weights(drawn)
     assert weights is not None
     assert weights.mean() == pytest.approx(1.0, abs=0.05)
 
@@ -202,15 +205,16 @@ def test_few_labels_of_the_new_domain_leave_the_old_one_its_share(importance: bo
     assert index is not None
     assert mixture.supervision(index) == {"samples": 40, "of": 400}
     for among in (None, index):
-        drawn = np.concatenate([mixture.sampler(24, 0, among).index(step) for step in range(200)])
+        draws = mixture.draws(among)
+        drawn = np.concatenate([draws.sampler(24, 0).index(step) for step in range(200)])
         assert (drawn >= 400).mean() == pytest.approx(0.6, abs=0.01)
-        weights = mixture.weights(drawn, among)
+        weights = draws.weights(drawn)
         if importance:
             assert weights is not None
             assert weights.mean() == pytest.approx(1.0, abs=0.02)
             assert weights[drawn >= 400].sum() / weights.sum() == pytest.approx(200 / (600 if among is None else 240), abs=0.02)
     old = np.arange(400, 600)
-    assert mixture.sampler(24, 0, old).index(0).min() >= 400
+    assert mixture.draws(old).sampler(24, 0).index(0).min() >= 400
 
 
 @settings(max_examples=50, deadline=None)
@@ -261,11 +265,12 @@ def test_the_bound_of_a_recipe_holds_among_few_labels_without_replay(importance:
     """Of a quarter of the labels, all but one sample are among the rarest: they are most of what is drawn from."""
     rate_N = bounded(np.repeat([0.01, 1.0, 100.0], [100, 299, 1]), 3.0)
     mixture, index = Mixture(Toy(400), rate_N, importance, most=3.0), np.append(np.arange(99), 399)
-    drawn = np.concatenate([mixture.sampler(100, 0, index).index(step) for step in range(100)])
+    draws = mixture.draws(index)
+    drawn = np.concatenate([draws.sampler(100, 0).index(step) for step in range(100)])
     seen = np.bincount(drawn, minlength=400)[index] / 100
     assert seen.max() <= 3.05
     assert seen.sum() == pytest.approx(100)
-    weights = mixture.weights(drawn, index)
+    weights = draws.weights(drawn)
     assert (weights is not None) == importance
     assert weights is None or weights.mean() == pytest.approx(1.0, abs=0.01)
 
@@ -280,12 +285,20 @@ def test_rates_of_few_labels_are_found_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(options, "with_share", counting)
     mixture = Mixture(Joined({"new": Toy(40), "old0": Toy(20, start=100)}), np.ones(60), True, replay_share=0.5)
-    first, second = np.arange(10, 60), np.arange(20, 60)
-    for among in (first, second) * 3:
-        mixture.batch(among[:4], among)
-        mixture.sampler(4, 0, among)
-    assert len(calls) == 2
-    assert mixture.weights(first, first) == pytest.approx(Mixture(mixture.samples, np.ones(60), True, 0.5).weights(first, first.copy()))
+    batches = SupervisedBatches(BevOccupancy(), mixture, TrainingConfig(batch=4, mirror=False), np.arange(10, 60))
+    weights = [batches(step, 0)["targets"]["sample_weight"] for step in range(25)]
+    assert len(calls) == 1
+    assert np.mean(weights) == pytest.approx(1.0)  # two epochs of 50 draws
+
+
+def test_an_array_that_changes_is_not_taken_for_what_it_was() -> None:
+    mixture = Mixture(Joined({"new": Toy(40), "old0": Toy(20, start=100)}), np.ones(60), True, replay_share=0.5)
+    index, numbers = np.arange(10, 60), np.arange(20, 50)
+    before = mixture.draws(index).weights(numbers)
+    index -= 10
+    after = mixture.draws(index).weights(numbers)
+    assert after == pytest.approx(mixture.draws(np.arange(50)).weights(numbers))
+    assert after != pytest.approx(before)
 
 
 def test_the_bound_of_a_recipe_holds_where_few_labels_are_drawn_from() -> None:
@@ -294,13 +307,13 @@ def test_the_bound_of_a_recipe_holds_where_few_labels_are_drawn_from() -> None:
     mixture = Mixture(joined, rate_N, replay_share=0.5, most=3.0)
     index = mixture.labelled(0.25, seed=0)
     assert index is not None
-    drawn = np.concatenate([mixture.sampler(len(index), 0, index).index(step) for step in range(100)])
+    drawn = np.concatenate([mixture.draws(index).sampler(len(index), 0).index(step) for step in range(100)])
     seen = np.bincount(drawn, minlength=600)[index] / 100
     assert seen.max() <= 3.05
     assert (drawn >= 400).mean() == pytest.approx(0.5, abs=0.01)
     none = mixture.labelled(0.01, seed=0)
     with pytest.raises(ConfigError, match="times as often as naturally"):
-        mixture.sampler(16, 0, none)
+        mixture.draws(none)
 
 
 def test_weighted_losses_are_those_of_repeated_samples() -> None:

@@ -28,7 +28,7 @@ def _claim(comparison: Comparison, metric: str) -> str:
     interval = comparison.interval
     if comparison.kind == "retention":
         kept = f"{percent(1 - interval.value, 1)} {span(1 - interval.high, 1 - interval.low)}"
-        return f"The student keeps {kept} of the teacher's {metric}."
+        return f"The student keeps {kept} of the {comparison.reference}'s {metric}."
     if comparison.kind == "int8":
         return f"INT8 loses {estimate_text(interval, relative=True)} of the student's {metric}."
     gain = f"{signed(-interval.value)} [{signed(-interval.high)}, {signed(-interval.low)}] {metric}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fmdeploy.data.format import Dataset
 from fmdeploy.evaluate.report.sources import Sources
 from fmdeploy.evaluate.report.words import count, number, percent
 
@@ -36,21 +38,23 @@ class EventRow:
 
 
 def origin_rows(sources: Sources) -> list[OriginRow]:
-    """Maps, rigs, places and days of the dataset, as far as its sequences say."""
-    if sources.data is None:
-        return []
-    training = set(sources.data.splits.get("train", ()))
-    held = {i for name, ids in sources.data.splits.items() if name != "train" for i in ids}
-    rows = []
+    """Maps, rigs, places and days of the datasets, as far as their sequences say."""
+    return [OriginRow(sources.name_of(data) + row.key, row.train, row.held_out)
+            for data in sources.datasets for row in _origins(data)]
+
+
+def _origins(data: Dataset) -> Iterator[OriginRow]:
+    training = set(data.splits.get("train", ()))
+    held = {i for name, ids in data.splits.items() if name != "train" for i in ids}
     for key in AXES:
-        sides = [Counter(str(s.metadata[key]) for s in sources.data.sequences if s.id in ids and key in s.metadata)
+        sides = [Counter(str(s.metadata[key]) for s in data.sequences if s.id in ids and key in s.metadata)
                  for ids in (training, held)]
         if any(sides):
-            rows.append(OriginRow(key, *(_values(side) for side in sides)))
-    rigs = {str(s.metadata.get("sensor_rig", "")): s.metadata["rig"] for s in sources.data.sequences
+            yield OriginRow(key, *(_values(side) for side in sides))
+    rigs = {str(s.metadata.get("sensor_rig", "")): s.metadata["rig"] for s in data.sequences
             if isinstance(s.metadata.get("rig"), dict)}
-    rows += [OriginRow(f"rig {name}".strip(), ", ".join(sorted(rig)), "") for name, rig in sorted(rigs.items())]
-    return rows
+    for name, rig in sorted(rigs.items()):
+        yield OriginRow(f"rig {name}".strip(), ", ".join(sorted(rig)), "")
 
 
 def _values(found: Counter[str]) -> str:

@@ -13,7 +13,8 @@ from fmdeploy.evaluate.baselines import evaluate_baselines
 from fmdeploy.evaluate.evaluation import Evaluation, data_key
 from fmdeploy.evaluate.examples import load_examples
 from fmdeploy.evaluate.gates import Row
-from fmdeploy.manifest import Kind, Parent
+from fmdeploy.evaluate.report.roles import is_distilled, of_kind, students_in_order, teachers_in_order
+from fmdeploy.manifest import Kind
 from fmdeploy.task import Arrays, Samples, Task, load_task
 
 CURVE = "curve.json"
@@ -42,6 +43,12 @@ class Sources:
     bundle: Artifact | None
     checks: tuple[Artifact, ...]
     left_out: tuple[str, ...] = ()
+    datasets: tuple[Dataset, ...] = ()
+    """All that were given; `data` is the first, the one that the models were judged on."""
+
+    def name_of(self, data: Dataset) -> str:
+        """What stands in front of a row about one of several datasets; nothing where there is one."""
+        return f"{data.artifact.root.resolve().name}: " if len(self.datasets) > 1 else ""
 
     def model(self, look: str) -> Model | None:
         """The first model of a role: teacher, student, int8 or scratch."""
@@ -62,18 +69,18 @@ def gather(artifacts: Sequence[Artifact]) -> Sources:
     """Sort artifacts into roles, load their evaluations and judge the task's trivial baselines.
 
     Raises:
-        ArtifactError: two TEACHERs, DATASETs or BUNDLEs were given.
+        ArtifactError: two BUNDLEs were given.
         ConfigError: the task they name cannot be loaded.
     """
     checks = tuple(a for a in artifacts if a.kind is Kind.CHECK)
-    dataset, bundle = _only(artifacts, Kind.DATASET), _only(artifacts, Kind.BUNDLE)
-    data = open_dataset(dataset.root) if dataset is not None else None
-    task = _task(artifacts)
+    task, bundle = _task(artifacts), _only(artifacts, Kind.BUNDLE)
     models = list(_models(artifacts, checks))
+    datasets = _datasets(artifacts, models)
+    data = datasets[0] if datasets else None
     if task is not None and data is not None:
         models += list(_baselines(task, data, models))
     models, left_out = _comparable(models)
-    return Sources(tuple(artifacts), task, data, tuple(models), bundle, checks, left_out)
+    return Sources(tuple(artifacts), task, data, tuple(models), bundle, checks, left_out, datasets)
 
 
 def read_history(artifact: Artifact) -> dict[str, list[tuple[float, float]]]:
@@ -108,18 +115,40 @@ def _task_name(artifact: Artifact) -> object:
     return artifact.manifest.config.get("task") or recipe.get("task")
 
 
+def _datasets(artifacts: Sequence[Artifact], models: Sequence[Model]) -> tuple[Dataset, ...]:
+    """The given datasets, the one that the models were judged on first."""
+    judged = next((m.evaluation.data.rpartition(":")[0] for m in models if m.evaluation is not None), None)
+    found = sorted(of_kind(artifacts, Kind.DATASET), key=lambda a: a.digest != judged)
+    return tuple(open_dataset(artifact.root) for artifact in found)
+
+
 def _models(artifacts: Sequence[Artifact], checks: Sequence[Artifact]) -> Iterator[Model]:
-    teacher = _only(artifacts, Kind.TEACHER)
-    students = [a for a in artifacts if a.kind is Kind.STUDENT]
-    shipped = _shipped(students, artifacts)
-    for role, artifact in (("teacher", teacher), ("student", shipped)):
-        found = _model(role, role, artifact) if artifact is not None else _carried(role, artifacts)
-        if found is not None:
-            yield found
+    students = students_in_order(artifacts)
+    student = _model("student", "student", students[0]) if students else _carried("student", artifacts)
+    teachers = teachers_in_order(artifacts, students[0] if students else None)
+    teacher = _leading(teachers, artifacts, student)
+    yield from (found for found in (teacher, student) if found is not None)
     yield from _int8(artifacts, checks)
-    for other in students:
-        if other is not shipped:
-            yield _other_student(other)
+    shown = teacher.artifact if teacher is not None else None
+    yield from (_model(f"teacher {other.root.resolve().name}", "other", other) for other in teachers
+                if shown is None or other.digest != shown.digest)
+    yield from map(_other_student, students[1:])
+
+
+def _leading(teachers: Sequence[Artifact], artifacts: Sequence[Artifact], student: Model | None) -> Model | None:
+    """The teacher that the student is held against, judged on the student's samples where later artifacts know that."""
+    carried = _carried("teacher", artifacts)
+    if not teachers:
+        return carried
+    name = "teacher" if len(teachers) == 1 else f"teacher {teachers[0].root.resolve().name}"
+    found = _model(name, "teacher", teachers[0])
+    is_apart = found.evaluation is None or (
+        student is not None and student.evaluation is not None and found.evaluation.data != student.evaluation.data)
+    if carried is None or not is_apart:
+        return found
+    # Of several, and of one that was never judged, nobody knows whether the carried evaluation is its own.
+    is_known = len(teachers) == 1 and found.evaluation is not None
+    return Model(name if is_known else "best teacher", "teacher", teachers[0] if is_known else None, carried.evaluation)
 
 
 def _carried(role: str, artifacts: Sequence[Artifact]) -> Model | None:
@@ -129,29 +158,6 @@ def _carried(role: str, artifacts: Sequence[Artifact]) -> Model | None:
         if evaluation is not None:
             return Model(role, role, None, evaluation)
     return None
-
-
-def _shipped(students: Sequence[Artifact], artifacts: Sequence[Artifact]) -> Artifact | None:
-    """The student that the bundle was made from; else the first distilled one; else the first."""
-    ancestors = {digest for a in artifacts if a.kind in (Kind.BUNDLE, Kind.QUANTIZED) for digest in lineage(a)}
-    ranked = sorted(students, key=lambda s: (s.digest not in ancestors, not is_distilled(s)))
-    return ranked[0] if ranked else None
-
-
-def is_distilled(student: Artifact) -> bool:
-    """Whether a teacher (or its cache) is among the direct inputs of a STUDENT."""
-    return any(parent.kind in (Kind.TEACHER, Kind.FEATURES) for parent in student.inputs.values())
-
-
-def lineage(artifact: Artifact) -> set[str]:
-    """Digests of everything an artifact was made from, directly or not."""
-
-    def walk(parents: Sequence[Parent]) -> Iterator[str]:
-        for parent in parents:
-            yield parent.digest
-            yield from walk(list(parent.inputs.values()))
-
-    return set(walk(list(artifact.inputs.values())))
 
 
 def _other_student(student: Artifact) -> Model:
@@ -217,7 +223,7 @@ def _comparable(models: Sequence[Model]) -> tuple[list[Model], tuple[str, ...]]:
             kept.append(model)
         else:
             left_out.append(f"{model.name}: judged on other samples than {kept[0].name if kept else 'the rest'}")
-            kept.append(Model(model.name, model.look, model.artifact, None, model.examples))
+            kept.append(Model(model.name, model.look, model.artifact))
     return kept, tuple(left_out)
 
 

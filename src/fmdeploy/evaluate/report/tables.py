@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fmdeploy.artifact import Artifact
-from fmdeploy.evaluate.report.sources import Sources, lineage
+from fmdeploy.evaluate.report.roles import ancestors
+from fmdeploy.evaluate.report.sources import Sources
 from fmdeploy.evaluate.report.words import count, mebibytes
-from fmdeploy.manifest import Kind
+from fmdeploy.manifest import Kind, Parent
 
 PLAIN_KEYS = ("fmdeploy", "python", "system", "machine", "processor", "num_cpus")
 ORDER = (Kind.DATASET, Kind.TEACHER, Kind.ADAPTER, Kind.FEATURES, Kind.STUDENT, Kind.QUANTIZED, Kind.BUNDLE,
@@ -30,16 +31,30 @@ class LineageRow:
 
 
 def lineage_rows(sources: Sources) -> list[LineageRow]:
-    """The given artifacts in pipeline order."""
+    """The given artifacts in pipeline order, then what they were made from and was not given."""
     ordered = sorted(sources.artifacts, key=lambda a: ORDER.index(a.kind))
-    return [_lineage_row(artifact, sources.bundle) for artifact in ordered]
+    given = {artifact.digest for artifact in ordered}
+    others = {digest: parent for artifact in ordered for digest, parent in ancestors(artifact).items()
+              if digest not in given}
+    known = ancestors(sources.bundle) if sources.bundle is not None else {}
+    return [*(_lineage_row(artifact, sources.bundle) for artifact in ordered),
+            *(_absent_row(parent, "ancestor of the bundle" if parent.digest in known else "–")
+              for parent in sorted(others.values(), key=lambda p: ORDER.index(p.kind)))]
+
+
+def _absent_row(parent: Parent, part: str) -> LineageRow:
+    return LineageRow(parent.kind.value, "not given", parent.stage, parent.digest, _inputs(parent.inputs), "–", part)
+
+
+def _inputs(parents: Mapping[str, Parent]) -> tuple[str, ...]:
+    return tuple(f"{role}: {parent.digest[:12]}" for role, parent in sorted(parents.items()))
 
 
 def _lineage_row(artifact: Artifact, bundle: Artifact | None) -> LineageRow:
-    inputs = tuple(f"{role}: {parent.digest[:12]}" for role, parent in sorted(artifact.inputs.items()))
     seconds = artifact.manifest.environment.get("seconds")
     return LineageRow(artifact.kind.value, artifact.root.resolve().name, artifact.manifest.stage, artifact.digest,
-                      inputs, f"{seconds:.1f}" if isinstance(seconds, float) else "–", _part(artifact, bundle))
+                      _inputs(artifact.inputs), f"{seconds:.1f}" if isinstance(seconds, float) else "–",
+                      _part(artifact, bundle))
 
 
 def _part(artifact: Artifact, bundle: Artifact | None) -> str:
@@ -48,9 +63,9 @@ def _part(artifact: Artifact, bundle: Artifact | None) -> str:
         return "–"
     if artifact.digest == bundle.digest:
         return "is the bundle"
-    if artifact.digest in lineage(bundle):
+    if artifact.digest in ancestors(bundle):
         return "ancestor of the bundle"
-    return "judges the bundle" if bundle.digest in lineage(artifact) else "for comparison only"
+    return "judges the bundle" if bundle.digest in ancestors(artifact) else "for comparison only"
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ def _joined(values: dict[str, list[str]]) -> str:
 
 @dataclass(frozen=True)
 class SplitRow:
-    """One split of the dataset."""
+    """One split of a dataset."""
 
     name: str
     sequences: str
@@ -131,9 +146,10 @@ class SplitRow:
 
 
 def split_rows(sources: Sources) -> list[SplitRow]:
-    """Sequences and frames of each split."""
-    if sources.data is None:
-        return []
-    frames = {s.id: s.frames for s in sources.data.sequences}
-    return [SplitRow(name, count(len(ids)), count(sum(frames[i] for i in ids)))
-            for name, ids in sources.data.splits.items()]
+    """Sequences and frames of each split of each dataset."""
+    rows = []
+    for data in sources.datasets:
+        frames = {s.id: s.frames for s in data.sequences}
+        rows += [SplitRow(sources.name_of(data) + name, count(len(ids)), count(sum(frames[i] for i in ids)))
+                 for name, ids in data.splits.items()]
+    return rows

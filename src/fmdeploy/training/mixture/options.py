@@ -7,32 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from fmdeploy.arrays import Array, Arrays
+from fmdeploy.arrays import Array
 from fmdeploy.artifact import Artifact
 from fmdeploy.config import InputPath, StageConfig
-from fmdeploy.data.format import Dataset, open_dataset
-from fmdeploy.data.leakage import refuse_held_out
+from fmdeploy.data.format import Dataset
 from fmdeploy.data.sequence import SequenceInfo
-from fmdeploy.data.trained_on import refuse_same_bytes
 from fmdeploy.errors import ConfigError
 from fmdeploy.subset import Subset
 from fmdeploy.task import Samples, Task
 from fmdeploy.training.labelled import labelled_index
+from fmdeploy.training.mixture.draws import Draws
 from fmdeploy.training.mixture.joined import DOMAIN, Joined, replay_buffer
 from fmdeploy.training.mixture.rates import bounded, rates_of, with_share
 from fmdeploy.training.mixture.recipe import MixtureRecipe, read_recipe
-from fmdeploy.training.mixture.sampler import MixtureSampler
-from fmdeploy.training.sampler import Index, Sampler, make_sampler
+from fmdeploy.training.sampler import Index
 
 NEW = "new"
-WEIGHT = "sample_weight"  # a target that the task's loss weighs samples by
 
 
 class MixtureConfig(StageConfig):
@@ -62,20 +58,6 @@ class MixtureConfig(StageConfig):
         return read_recipe(self.mixture) if self.mixture else MixtureRecipe()
 
 
-def open_replay(paths: Sequence[Path], data: Dataset) -> tuple[Dataset, ...]:
-    """The old domains' datasets, none of which trains on what `data` holds out.
-
-    Raises:
-        LeakageError: one does.
-    """
-    judged = [s for split in ("val", "test") if data.splits.get(split) for s in data.split(split)]
-    replay = tuple(open_dataset(path) for path in paths)
-    for old in replay:
-        refuse_held_out(old.split("train"), judged, old.artifact.root)
-        refuse_same_bytes(old, data)
-    return replay
-
-
 def replay_inputs(replay: Sequence[Dataset]) -> dict[str, Artifact]:
     """Their roles in a manifest."""
     return {f"replay{number}": data.artifact for number, data in enumerate(replay)}
@@ -98,15 +80,21 @@ class Mixture:
     importance: bool = False
     replay_share: float | None = None
     most: float | None = None
-    _known: dict[int, tuple[Index, Array]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def sampler(self, batch: int, seed: int, index: Index | None = None) -> Sampler:
-        """The order, of all samples or of those in `index`."""
+    def draws(self, index: Index | None = None) -> Draws:
+        """What is drawn: of all samples, or of those in `index`.
+
+        Fewer labels of the new domain change neither the old ones' share of the draws nor what bounds the rates.
+
+        Raises:
+            ConfigError: the bound does not allow that share there.
+        """
         if self.rate_N is None:
-            return make_sampler(self.samples, batch, seed, index)
-        chosen = np.arange(len(self.samples)) if index is None else index
-        rate_N = self._rates(self.rate_N, index)[chosen]
-        return MixtureSampler(rate_N / rate_N.mean(), batch, seed, chosen, getattr(self.samples, "blocks", None))
+            return Draws(self.samples, index)
+        rate_N, chosen = self.rate_N.copy(), np.arange(len(self.rate_N)) if index is None else index
+        if len(chosen) < len(rate_N):
+            rate_N[chosen] = self._rates_among(rate_N[chosen], chosen)
+        return Draws(self.samples, index, rate_N / rate_N[chosen].mean(), self.importance)
 
     def labelled(self, share: float, seed: int) -> Index | None:
         """Numbers of the samples whose labels are used: `share` of the new domain's groups, and all old ones."""
@@ -128,37 +116,7 @@ class Mixture:
         """Those of the new domain, which are the first ones."""
         return self.samples.parts[0] if isinstance(self.samples, Joined) else self.samples
 
-    def batch(self, index: Index, among: Index | None = None) -> tuple[Arrays, Arrays]:
-        """Inputs and targets of the samples `index` (B,), with their weights in the loss; see `weights`."""
-        inputs, targets = self.samples.batch(index)
-        weights = self.weights(index, among)
-        return inputs, targets if weights is None else {**targets, WEIGHT: weights}
-
-    def weights(self, index: Index, among: Index | None = None) -> Array | None:
-        """float32 (B,) of the loss: 1 / rate where it is to stay that of the natural distribution, else None.
-
-        Args:
-            index: Samples of a batch.
-            among: All that were drawn from, over whose draws the weights average 1; None: all samples.
-        """
-        if self.rate_N is None or not self.importance:
-            return None
-        rate_N = self._rates(self.rate_N, among)
-        mean = 1.0 if among is None else float(rate_N[among].mean())
-        return np.asarray(mean / rate_N[index], np.float32)
-
-    def _rates(self, rate_N: Array, among: Index | None) -> Array:
-        """Rates where only the samples `among` are drawn; kept, since every batch asks for those of the same ones."""
-        if among is None or len(among) == len(rate_N):
-            return rate_N
-        if id(among) not in self._known:  # `among` is kept beside them, so that no other array gets its number
-            found_N = rate_N.copy()
-            found_N[among] = self._rates_among(rate_N[among], among)
-            self._known[id(among)] = (among, found_N)
-        return self._known[id(among)][1]
-
     def _rates_among(self, rate_N: Array, among: Index) -> Array:
-        """Fewer labels of the new domain change neither the old ones' share of the draws nor what bounds the rates."""
         old_N = among >= len(self.new)
         if self.replay_share is not None and not old_N.all():
             return with_share(rate_N, old_N, self.replay_share, self.most)

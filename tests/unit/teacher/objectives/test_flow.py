@@ -13,6 +13,8 @@ from fmdeploy.data.format import open_dataset
 from fmdeploy.errors import ConfigError
 from fmdeploy.models.saved import load_model
 from fmdeploy.task import load_task
+from fmdeploy.teacher.adapt.adapt import adapt
+from fmdeploy.teacher.merge import merge
 from fmdeploy.teacher.objectives.flow import Flow, FlowConfig, reduced
 from fmdeploy.teacher.objectives.flow_field import MEAN, STD, VelocityField, best_line
 from fmdeploy.teacher.objectives.flow_path import noise_like, on_path, walk
@@ -134,6 +136,39 @@ def test_it_learns_and_stays_with_the_teacher(home: Path) -> None:
     assert set(scores) == {"flow", "copy", "rate"}
     assert 0 < scores["flow"]["brier"] < 0.25
     assert 0 <= scores["flow"]["ece"] <= 1
+
+
+@pytest.mark.parametrize(("method", "stays"), [("head", True), ("lora", False)])
+def test_a_merged_teacher_keeps_it_where_the_backbone_is_the_same(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, stays: bool
+) -> None:
+    also = () if method == "head" else ("head",)  # the heads were never trained
+    adapt(teacher=home / "teacher", data=home / "data", out=tmp_path / "a", method=method, also=also, steps=1, batch=4,
+          precision="fp32")
+    capsys.readouterr()
+    merged = merge(teacher=home / "teacher", adapter=tmp_path / "a", out=tmp_path / "m")
+    said = [line for line in capsys.readouterr().err.splitlines() if "flow" in line]
+    assert merged.has("objectives.json") is stays
+    if stays:
+        teacher, name = open_artifact(home / "teacher"), "objectives/flow.safetensors"
+        assert merged.path(name).read_bytes() == teacher.path(name).read_bytes()
+        assert isinstance(load_objective(merged, load_model(merged), "flow"), Flow)
+        assert not said
+    else:
+        assert len(said) == 1
+        assert said[0].startswith(f"{home / 'teacher'}: its flow is left out: it reads the features of the old")
+
+
+def test_a_run_that_starts_from_it_says_what_becomes_of_it(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"data": home / "data", "init": home / "teacher", "steps": 1, "batch": 4, "precision": "fp32"}
+    tuned = train(out=tmp_path / "tuned", **options)
+    assert not tuned.has("objectives.json")
+    assert "which this run changes: it is left out; --objective flow trains a new one" in capsys.readouterr().err
+    again = train(out=tmp_path / "again", objective=("flow",), **options)
+    assert again.has("objectives.json")
+    assert "which this run changes: it starts from fresh weights" in capsys.readouterr().err
 
 
 def test_scores_are_what_the_formulas_say() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.data.format import open_dataset
@@ -23,6 +24,8 @@ from fmdeploy.models.saved import load_model
 from fmdeploy.task import load_task
 from fmdeploy.tasks.bev_occupancy_samples import BevSamples
 from fmdeploy.teacher.objectives.nextcodes import MAX_FRAMES, ego_action
+from fmdeploy.teacher.objectives.pretraining import Pretraining
+from fmdeploy.teacher.objectives.registry import choose
 from fmdeploy.teacher.objectives.rollout import code_scores, next_logits, predict_future, rollout
 from fmdeploy.teacher.objectives.store import load_objective
 from fmdeploy.teacher.objectives.worldmodel import KIND, MIRROR_3, WorldModel, WorldModelConfig, constant_motion
@@ -97,9 +100,44 @@ def test_it_learns_what_the_past_tells(home: Home) -> None:
     assert all(record["frames"] == record["commitment"] == 0 for record in log[first:])
     assert log[first - 1]["frames"] < 0.5 * log[0]["frames"]
     assert log[-1]["codes"] < 0.2 * log[first]["codes"]
-    held = home["clock"].tensors("objectives/worldmodel.safetensors")
-    parts = [held[name].ravel() for name, _ in world.model.vae.named_parameters(prefix="vae")]
-    assert (np.concatenate(parts) == held["held"]).all()
+
+
+def test_what_a_step_does_not_train_stays_to_the_last_bit(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weight decay nor momentum moves the backbone in the tokeniser's steps, or the tokeniser afterwards."""
+    seen: list[dict[str, Tensor]] = []
+    after_step = WorldModel.after_step
+
+    def looking(self: WorldModel, teacher: torch.nn.Module, step: int) -> Any:
+        told = after_step(self, teacher, step)
+        parts = {"backbone": teacher.get_submodule("backbone"), "predictor": self.predictor, "vae": self.vae}
+        seen.append({name: parameters_to_vector(part.parameters()).detach() for name, part in parts.items()})
+        return told
+
+    monkeypatch.setattr(WorldModel, "after_step", looking)
+    made = learn(home["clock data"].root, tmp_path / "t", SETTINGS, steps=8, weight_decay=0.5, accumulation=2)
+    first = cast(WorldModel, load_objective(made, load_model(made), "worldmodel")).first_steps
+    assert first == 2
+    torch.manual_seed(0)
+    start = load_task("bev-occupancy").teacher({key: SIZES[key] for key in ("dim", "depth", "heads", "stem_width", "width")})
+    assert torch.equal(seen[first - 1]["backbone"], parameters_to_vector(start.get_submodule("backbone").parameters()))
+    assert torch.equal(seen[0]["predictor"], seen[first - 1]["predictor"])
+    assert torch.equal(seen[first - 1]["vae"], seen[-1]["vae"])
+    assert not torch.equal(seen[0]["vae"], seen[first - 1]["vae"])
+    for part in ("backbone", "predictor"):
+        assert not torch.equal(seen[first - 1][part], seen[-1][part])
+
+
+def test_a_backbone_rests_only_where_no_objective_trains_it() -> None:
+    task = load_task("bev-occupancy")
+    teacher = task.teacher({key: SIZES[key] for key in ("dim", "depth", "heads", "stem_width", "width")})
+    alone, beside = (Pretraining(task, teacher, choose(names, SETTINGS), steps=8)
+                     for names in (("worldmodel",), ("worldmodel", "mae")))
+    own = set(cast(WorldModel, beside.each()["worldmodel"]).predictor.parameters())
+    assert set(alone.resting(0)) >= set(teacher.get_submodule("backbone").parameters())
+    assert set(beside.resting(0)) == own
+    assert set(beside.resting(2)) == set(cast(WorldModel, beside.each()["worldmodel"]).vae.parameters())
 
 
 def test_a_rollout_of_many_steps_stays_on_the_path(home: Home) -> None:
