@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fmdeploy.training.neighbours import Neighbours, meet
 
@@ -28,7 +27,7 @@ def add_up(x: Tensor) -> None:
     if near is None:
         dist.all_reduce(x)
     else:
-        near.add_up(x)
+        near.add_up([x])
 
 
 def _neighbours() -> Neighbours | None:
@@ -43,32 +42,25 @@ def _neighbours() -> Neighbours | None:
 _met: dict[str, Any] = {"group": lambda: None, "found": None}
 
 
-def share_gradients(wrapped: nn.Module, *, buffers: bool) -> None:
-    """Let DistributedDataParallel average gradients by `add_up`, where the processes share a machine; in place.
+def shares_memory(model: nn.Module) -> bool:
+    """Whether the processes of this run train `model` on the CPU of one machine, each with all of its weights."""
+    near = world()[1] > 1 and all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return near and _neighbours() is not None
 
-    Args:
-        wrapped: Left alone when it is anything else.
-        buffers: Whether every step must begin with the buffers of rank 0: where a process has some of its own.
+
+def add_up_gradients(model: nn.Module) -> None:
+    """Replace every gradient by its sum over all processes, which share memory.
+
+    In place of DistributedDataParallel: no copy into buckets and back, and the processes wait for each other once.
     """
-    if not isinstance(wrapped, DistributedDataParallel):
-        return
-    wrapped.forward_sync_buffers = buffers
-    on_cpu = all(parameter.device.type == "cpu" for parameter in wrapped.parameters())
-    if on_cpu and _neighbours() is not None:
-        wrapped.register_comm_hook(None, _averaged)
-
-
-def _averaged(_: None, bucket: Any) -> torch.futures.Future[Tensor]:
-    """A communication hook."""
-    gradient = bucket.buffer()
-    add_up(gradient)
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(gradient.div_(world()[1]))
-    return done
-
-
-# torch compares the annotations of a hook with types, and here they are names.
-_averaged.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}  # type: ignore[attr-defined]
+    near = _neighbours()
+    assert near is not None
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = [gradient.contiguous() for gradient in gradients]
+    near.add_up(flat)
+    for gradient, total in zip(gradients, flat, strict=True):
+        if gradient is not total:  # in the order of channels_last, which the optimiser relies on
+            gradient.copy_(total)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fmdeploy.progress import Bar, progress, say
 from fmdeploy.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from fmdeploy.training.config import TrainingConfig
 from fmdeploy.training.device import make_accelerator, unwrap
-from fmdeploy.training.distributed import mean_over_ranks, share_gradients, world
+from fmdeploy.training.distributed import add_up_gradients, mean_over_ranks, shares_memory, world
 from fmdeploy.training.ema import WeightAverage
 from fmdeploy.training.loader import Prefetcher
 from fmdeploy.training.log import StepLog
@@ -127,7 +127,7 @@ class Run:
         self.shards = Shards(self.model) if plugin is not None else None
         optimizer = make_optimizer(self.model, config)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        share_gradients(self.wrapped, buffers=keeps_own_statistics(self.model))
+        self.adds_up = self.shards is None and not keeps_own_statistics(self.model) and shares_memory(self.model)
         if self.shards is not None:
             self.shards.cut(self.accelerator)
         average = WeightAverage(self.model, config.ema) if config.ema else None
@@ -209,6 +209,8 @@ class Run:
         for part in range(self.config.accumulation):
             for name, value in self._backward(take(), part).items():
                 parts[name] = parts.get(name, 0) + value.detach() / self.config.accumulation
+        if self.adds_up:
+            add_up_gradients(self.model)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for parameter in self.job.resting(step) if self.job.resting is not None else ():
             parameter.grad = None
@@ -238,10 +240,10 @@ class Run:
     def _backward(self, batch: Batch, part: int) -> Losses:
         last = part == self.config.accumulation - 1
         tensors = to_tensors(batch, self.accelerator.device)
-        with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+        with nullcontext() if last and not self.adds_up else self.accelerator.no_sync(self.wrapped):
             parts = self.job.losses(self.wrapped, tensors)
             total = torch.stack(list(parts.values())).sum()
-            self.accelerator.backward(total / self.config.accumulation)
+            self.accelerator.backward(total / (self.config.accumulation * (world()[1] if self.adds_up else 1)))
         return {"loss": total, **parts}
 
     def _account(self, done: int, bar: Bar, *, last: bool) -> None:

@@ -15,7 +15,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from fmdeploy.errors import FmdeployError, MissingError
 
 CHUNK = 1 << 20  # bytes of a part: what several processes add up stays in the cache
+ALIGNED = 64  # bytes, at a multiple of which every tensor begins
 MEMORY = Path("/dev/shm")  # a file there is never written to a disk
 HEADER = struct.Struct("<qq")  # number of the sum, bytes
 PATIENCE = 1800  # seconds, as torch.distributed waits
@@ -47,21 +48,23 @@ class Neighbours:
     def __init__(self, rank: int, parts: Tensor, others: list[socket.socket]) -> None:
         self.rank, self.parts, self.others, self.count = rank, parts, others, 0
 
-    def add_up(self, x: Tensor) -> None:
-        """Replace `x`, on the CPU and contiguous, by its sum over all processes, which call this in the same order.
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor, on the CPU and contiguous, by its sum over all processes, which call this alike.
 
         Raises:
             MissingError: another process is gone.
             FmdeployError: another process is at another sum.
         """
-        step = CHUNK // x.element_size()
-        for chunk in torch.split(x.detach().view(-1), step):
-            parts = [part[: chunk.nbytes].view(x.dtype) for part in self.parts[self.count % 2]]
-            parts[self.rank].copy_(chunk)
-            self._tell(chunk.nbytes)
-            torch.add(parts[0], parts[1], out=chunk)
-            for part in parts[2:]:
-                chunk.add_(part)
+        for pieces in _packed(tensors):
+            parts = self.parts[self.count % 2]
+            places = [[part[at : at + piece.nbytes].view(piece.dtype) for at, piece in pieces] for part in parts]
+            for (_, piece), place in zip(pieces, places[self.rank], strict=True):
+                place.copy_(piece)
+            self._tell(pieces[-1][0] + pieces[-1][1].nbytes)
+            for (_, piece), first, second, *others in zip(pieces, *places, strict=True):
+                torch.add(first, second, out=piece)
+                for other in others:
+                    piece.add_(other)
 
     def _tell(self, size: int) -> None:
         """Say that this process has written, and wait until all have. The system calls order the memory, too."""
@@ -86,6 +89,21 @@ class Neighbours:
         """Let the others know that this process has gone."""
         for other in self.others:
             other.close()
+
+
+def _packed(tensors: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Flat pieces that fit into a part together, each with the byte at which it begins there."""
+    found: list[tuple[int, Tensor]] = []
+    at = 0
+    for tensor in tensors:
+        for piece in torch.split(tensor.detach().view(-1), CHUNK // tensor.element_size()):
+            if at + piece.nbytes > CHUNK:
+                yield found
+                found, at = [], 0
+            found.append((at, piece))
+            at += -(-piece.nbytes // ALIGNED) * ALIGNED
+    if found:
+        yield found
 
 
 def _heard(other: socket.socket) -> bytes:

@@ -30,11 +30,16 @@ said = {"near": near is not None}
 for name, wanted in {"small": (5,), "scalar": (), "large": (3, 400001)}.items():
     x = torch.rand(wanted, generator=torch.Generator().manual_seed(rank))
     every = [torch.rand(wanted, generator=torch.Generator().manual_seed(r)) for r in range(3)]
-    (near.add_up if near else dist.all_reduce)(x)
+    add_up(x)
     said[name] = bool(torch.equal(x, every[0] + every[1] + every[2]))
 count = torch.tensor([rank, 2**40])
-(near.add_up if near else dist.all_reduce)(count)
+add_up(count)
 said["count"] = count.tolist()
+every = [torch.full((n,), float(rank), dtype=kind) for n, kind in
+         ((300_000, torch.float64), (1, torch.float32), (0, torch.int64), (7, torch.bfloat16), (1 << 20, torch.uint8))]
+if near:
+    near.add_up(every)
+    said["several"] = [len(x) for x in every if not bool((x == 3).all())]
 x = torch.ones(2, 3).T.requires_grad_()
 total = sum_over_ranks(x * (rank + 1))
 total.sum().backward()
@@ -44,12 +49,12 @@ if near and sys.argv[3] == "gone":
     if rank == 2:
         raise SystemExit(0)
     try:
-        near.add_up(torch.ones(3))
+        near.add_up([torch.ones(3)])
     except FmdeployError as error:
         said["error"] = [error.exit_code, str(error)]
 if near and sys.argv[3] == "astray":
     try:
-        near.add_up(torch.ones(3 + rank))
+        near.add_up([torch.ones(3 + rank)])
     except FmdeployError as error:
         said["error"] = [error.exit_code, str(error)]
     dist.barrier()
@@ -74,6 +79,7 @@ def test_sums_are_those_of_all_processes(tmp_path: Path, how: str) -> None:
         assert said["near"]
         assert [said[name] for name in ("small", "scalar", "large")] == [True] * 3
         assert said["count"] == [3, 3 * 2**40]
+        assert said["several"] == []
         assert said["gradient"] == [[[6.0] * 2] * 3, [[3.0 * (rank + 1)] * 2] * 3]
         if how == "astray":
             assert said["error"][0] == 4
