@@ -24,9 +24,9 @@ from fmdeploy.teacher.train import train
 RUNGS = {"linear": "scene accuracy", "segmentation": "drivable IoU", "occupancy": "occupancy IoU now",
          "forecasting": "occupancy IoU later", "few-shot-5": "IoU tuned on 5 %", "few-shot": "IoU tuned on 10 %"}
 LINEAR = ("linear", "segmentation", "occupancy", "forecasting")
-STEPS: dict[str, int] = {"mae": 300, "flow": 300, "worldmodel": 1200, "jepa": 1200}
+STEPS: dict[str, int] = {"mae": 300, "flow": 300, "worldmodel": 1200}
 OTHER_STEPS = 600
-RATES: dict[str, float] = {"mae": 7e-4, "jepa": 7e-4}  # 2e-3 is the rate for supervised training
+RATES: dict[str, float] = {"mae": 7e-4}  # 2e-3 is the rate for supervised training
 POINTS, SECONDS = 0.05, 300.0
 
 

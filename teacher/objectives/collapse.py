@@ -38,6 +38,8 @@ class CollapseConfig(ObjectiveConfig):
     watch_every: int = Field(default=10, ge=1, description="steps between two looks at the features")
     min_std: float = Field(default=0.02, ge=0, lt=1, description="feature_std below which they count as collapsed")
     min_rank: float = Field(default=1.5, ge=0, description="effective_rank below which they count as collapsed")
+    min_share: float = Field(default=0.05, ge=0, lt=1, description=(
+        "share of the first effective_rank below which they count as collapsed"))
     patience: int = Field(default=3, ge=1, description="collapsed looks in a row after which the run stops")
 
 
@@ -53,6 +55,7 @@ class CollapseMonitor(nn.Module):
     """
 
     last_2: Tensor
+    first: Tensor
     strikes: Tensor
     healthy: Tensor
 
@@ -60,6 +63,7 @@ class CollapseMonitor(nn.Module):
         super().__init__()
         self.config, self.advice = config or CollapseConfig(), advice
         self.register_buffer("last_2", torch.full((2,), math.nan, dtype=torch.float64))
+        self.register_buffer("first", torch.full((), math.nan, dtype=torch.float64))  # effective_rank at the first look
         self.register_buffer("strikes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("healthy", torch.zeros((), dtype=torch.int64))  # steps done at the last good look
         self._seen: list[Tensor] = []
@@ -81,6 +85,7 @@ class CollapseMonitor(nn.Module):
         seen, self._seen = self._seen, []
         if seen and (step == 0 or (step + 1) % self.config.watch_every == 0):
             self.last_2.copy_(torch.stack(spread(seen)))
+            self.first.copy_(torch.where(self.first.isnan(), self.last_2[1], self.first))
             self._judge(step)
         return self._newest()
 
@@ -89,14 +94,16 @@ class CollapseMonitor(nn.Module):
 
     def _judge(self, step: int) -> None:
         std, rank = self.last_2.tolist()
-        collapsed = std < self.config.min_std or rank < self.config.min_rank  # NaN is divergence, which the loop sees
+        # NaN is divergence, which the loop sees, or a first look that found too few samples.
+        least = max(self.config.min_rank, float(self.first.nan_to_num(0)) * self.config.min_share)
+        collapsed = std < self.config.min_std or rank < least
         self.strikes.copy_(self.strikes + 1 if collapsed else torch.zeros_like(self.strikes))
         if not collapsed:
             self.healthy.fill_(step + 1)
         if int(self.strikes) >= self.config.patience:
             error = CollapsedError(
-                f"the representation has collapsed at step {step}: every input gets nearly the same features",
-                expected=f"feature_std >= {self.config.min_std:g} and effective_rank >= {self.config.min_rank:g}",
+                f"the representation has collapsed at step {step}: inputs get nearly the same features",
+                expected=f"feature_std >= {self.config.min_std:g} and effective_rank >= {least:.3g}",
                 found=f"{std:.4f} and {rank:.2f}, {int(self.strikes)} looks in a row", fix=self.advice,
                 seen=self._newest(),
             )

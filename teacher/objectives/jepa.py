@@ -1,12 +1,17 @@
-"""Prediction in feature space: from a context, the features of blocks that it does not show (I-JEPA, arXiv:2301.08243).
+"""Prediction in feature space: of what is half hidden now, the features of what is there and of what comes next.
 
-The target encoder is a moving average of the backbone and sees everything; the backbone sees the context alone, with
-the rest of the picture blanked in front of its convolutional stem; the predictor is told where each block lies and says
-what the target encoder finds there. A network that gives every input the same features would do this without a fault:
-`collapse` watches for that.
+I-JEPA (arXiv:2301.08243) for several sensors over time. The target encoder is a moving average of the backbone and sees
+everything, now and some frames ahead, as V-JEPA's targets are of whole clips (arXiv:2404.08471). The backbone sees the
+present without some blocks, each hidden from one sensor or from all, blanked in front of its convolutional stem. A
+predictor says of every place what the target encoder finds there, in the finest map that a decoder reads: a network
+that gives every input the same features would do this without a fault where targets follow, and `collapse` watches for
+that.
 
-Legend: B samples, N tokens, K tokens of the context, T blocks of M tokens, D embedding,
-X = B * T or T * M.
+Hidden patches stay in the sequence as blank ones (as in arXiv:2202.03555), so that the tokens are trained the way they
+are used; and asking what is to come asks something of the visible places, too.
+
+Legend: B samples, N tokens, T blocks of M tokens, A frames ahead, C channels and Q cells of a token in the finest map,
+F = C * Q, D embedding, X = B * A.
 """
 
 from __future__ import annotations
@@ -14,10 +19,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fmdeploy.models import input_list
@@ -25,32 +31,40 @@ from fmdeploy.models.tokens import TokenBackbone, backbone_of
 from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.collapse import CollapseConfig, CollapseMonitor
-from fmdeploy.teacher.objectives.masking import Index, arrays_of, block_masks, context_size
-from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, places, rows_at
-from fmdeploy.training.distributed import sum_over_ranks
+from fmdeploy.teacher.objectives.jepa_targets import evened, inputs_ahead, standardised
+from fmdeploy.teacher.objectives.masking import Index, arrays_of, random_blocks
+from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, patches_of, places
 from fmdeploy.training.ema import follow
 from fmdeploy.training.loop import Losses, Tensors
 
 KIND = "jepa"
-ADVICE = "Start over with a slower target (--set jepa.decay=0.998) or a smaller --lr"
+AHEAD = f"{KIND}.ahead"
+ADVICE = "Start over with a slower target (--set jepa.decay=0.999) or a smaller --lr"
 
 
 class JepaConfig(CollapseConfig):
     """Options of `jepa`."""
 
-    blocks: int = Field(default=4, ge=1, description="target blocks a sample")
+    blocks: int = Field(default=2, ge=1, description="hidden blocks a sample")
     share: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens in one block")
-    context: float = Field(default=0.4, gt=0, lt=1, description="share of the tokens the backbone sees, at most")
-    decay: float = Field(default=0.99, ge=0, le=1, description="of the moving target, at first")
+    ahead: tuple[int, ...] = Field(default=(0, 2, 4, 8), min_length=1, description=(
+        "frames ahead, 0 to 8, of which the features are predicted; tasks of single pictures have 0 alone"))
+    decay: float = Field(default=0.998, ge=0, le=1, description="of the moving target, at first")
     final_decay: float = Field(default=1.0, ge=0, le=1, description="at the last step; it rises linearly")
-    centre: bool = Field(default=True, description="take each place's mean over the batch from the targets first")
     width: int = Field(default=96, ge=4, description="width of the predictor")
     depth: int = Field(default=2, ge=1, description="its blocks")
     heads: int = Field(default=4, ge=1, description="its attention heads")
 
+    @field_validator("ahead")
+    @classmethod
+    def _in_reach(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 0 or max(value) > 8 or len(set(value)) != len(value):
+            raise ValueError("ahead are different frames from 0 to 8")
+        return value
+
 
 class Jepa(Objective):
-    """Part `predict`: smooth L1 between predicted and layer-normed target features, mean over blocks, places and D."""
+    """Part `predict`: squared error of the predicted features, as a share of their variance; 1 says nothing."""
 
     name = "jepa"
     Config = JepaConfig
@@ -59,12 +73,16 @@ class Jepa(Objective):
     def __init__(self, task: Task, teacher: nn.Module, config: JepaConfig, *, steps: int) -> None:
         super().__init__(task, teacher, config, steps=steps)
         backbone = backbone_of(teacher, where=self.name)
-        self.side = backbone.side
+        self.side, self.ahead = backbone.side, config.ahead if task.frames > 1 else (0,)
         check_grid({spec.name: spec.shape for spec in task.io.inputs}, self.side, where=self.name)
-        context_size(self.side, blocks=config.blocks, share=config.share, context=config.context)
         self.target: TokenBackbone = copy.deepcopy(backbone).requires_grad_(False)
         self.predictor = Predictor(backbone.dim, self.side, width=config.width, depth=config.depth, heads=config.heads)
-        self.leave = nn.Linear(config.width, backbone.dim)
+        self.channels, cells = backbone.finest_size
+        values = len(self.ahead) * self.channels * (cells // self.side) ** 2
+        self.leave = nn.Linear(config.width, values)
+        self.direct = nn.Linear(backbone.dim, values)  # what one layer can read off a token, it learns to hold sooner
+        for part in (*self.leave.parameters(), *self.direct.parameters()):
+            nn.init.zeros_(part)  # random first answers are unlearned by way of the tokens: feature_std fell to 0.02
         self.monitor = CollapseMonitor(config, advice=ADVICE)
 
     def train(self, mode: bool = True) -> Jepa:
@@ -74,10 +92,20 @@ class Jepa(Objective):
         return self
 
     def arrays(self, samples: Samples, index: Index, rngs: Sequence[Generator]) -> Mapping[str, Arrays]:
-        """Kind `jepa`: token numbers `context` (B, K) and `targets` (B, T, M)."""
-        config = self.config
-        drawn = block_masks(self.side, blocks=config.blocks, share=config.share, context=config.context, rngs=rngs)
-        return {KIND: arrays_of(context=drawn.context_BK, targets=drawn.targets_BTM)}
+        """What is hidden, and the inputs to come.
+
+        Returns:
+            Kind `jepa`: token numbers `blocks` int64 (B, T, M), and `hidden` int64 (B, T): the number of the input
+            that each is hidden from, or the number of inputs where it is all.
+            Kind `jepa.ahead`, unless only the present is asked for: see `inputs_ahead`.
+        """
+        config, count = self.config, len(self.task.io.inputs)
+        blocks_BTM = random_blocks(self.side, blocks=config.blocks, share=config.share, rngs=rngs)
+        hidden_BT = np.stack([rng.integers(count + 1 if count > 1 else 1, size=config.blocks) for rng in rngs])
+        found = {KIND: arrays_of(blocks=blocks_BTM, hidden=hidden_BT.astype(np.int64))}
+        if self.ahead != (0,):
+            found[AHEAD] = inputs_ahead(self.task, samples, index, self.ahead, name=self.name)
+        return found
 
     @property
     def unmirrored(self) -> frozenset[str]:
@@ -86,29 +114,35 @@ class Jepa(Objective):
 
     def losses(self, teacher: nn.Module, batch: Tensors) -> Losses:
         """See `Objective.losses`."""
-        inputs, context_BK, targets_BTM = batch["inputs"], batch[KIND]["context"], batch[KIND]["targets"]
-        wanted_BND = self._targets(inputs)
-        blank_BN = ~places(context_BK, self.side**2)
-        shown = {name: blanked(x, blank_BN) for name, x in inputs.items()}
-        state_BKD = backbone_of(teacher, where=self.name).tokens(
-            *input_list(self.task.io, shown), keep_BK=context_BK)
-        said_BXD = self._predicted(state_BKD, context_BK, targets_BTM).float()
-        return {"predict": F.smooth_l1_loss(said_BXD, rows_at(wanted_BND, targets_BTM.flatten(1)))}
+        shown = {spec.name: blanked(batch["inputs"][spec.name], self._hidden(batch[KIND], number))
+                 for number, spec in enumerate(self.task.io.inputs)}
+        state_BND = backbone_of(teacher, where=self.name).tokens(*input_list(self.task.io, shown))
+        self.monitor.see(state_BND[:, 1:].float())
+        return {"predict": F.mse_loss(self._predicted(state_BND), self._targets(batch))}
+
+    def _hidden(self, drawn: Mapping[str, Tensor], number: int) -> Tensor:
+        """Places (B, N) where input `number` is blanked."""
+        hidden_BT, blocks_BTM = drawn["hidden"], drawn["blocks"]
+        mine_BT = (hidden_BT == number) | (hidden_BT == len(self.task.io.inputs))
+        in_BTN = places(blocks_BTM.flatten(0, 1), self.side**2).reshape(*mine_BT.shape, -1)
+        hidden_BN: Tensor = (in_BTN & mine_BT[..., None]).any(dim=1)
+        return hidden_BN
+
+    def _predicted(self, state_BND: Tensor) -> Tensor:
+        """Predictions (B, A, N, C, Q) from hidden states (B, 1 + N, D)."""
+        all_BN = torch.arange(self.side**2, device=state_BND.device).expand(len(state_BND), -1)
+        told: Tensor = self.leave(self.predictor(state_BND, all_BN, all_BN[:, :0])) + self.direct(state_BND[:, 1:])
+        return told.float().reshape(*all_BN.shape, len(self.ahead), self.channels, -1).transpose(1, 2)
 
     @torch.no_grad()
-    def _targets(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Layer-normed features (B, N, D) of everything, by the moving average."""
-        tokens_BND = self.target.tokens(*input_list(self.task.io, inputs))[:, 1:].float()
-        self.monitor.see(tokens_BND)
-        return standardised(tokens_BND) if self.config.centre else F.layer_norm(tokens_BND, tokens_BND.shape[-1:])
-
-    def _predicted(self, state_BKD: Tensor, context_BK: Tensor, targets_BTM: Tensor) -> Tensor:
-        """Predictions (B, T * M, D): every block is asked alone, so that blocks tell nothing about each other."""
-        batch, blocks, _ = targets_BTM.shape
-        each_XKD, each_XK = state_BKD.repeat_interleave(blocks, 0), context_BK.repeat_interleave(blocks, 0)
-        filled_XNE = self.predictor(each_XKD, each_XK, targets_BTM.flatten(0, 1))
-        said_BXD: Tensor = self.leave(filled_XNE[:, context_BK.shape[1] :]).reshape(batch, -1, self.leave.out_features)
-        return said_BXD
+    def _targets(self, batch: Tensors) -> Tensor:
+        """What the moving average makes of everything, standardised: (B, A, N, C, Q)."""
+        given = batch.get(AHEAD, batch["inputs"])
+        whole = {spec.name: evened(given[spec.name].float().reshape(-1, *spec.shape)) for spec in self.task.io.inputs}
+        map_XCHW = self.target.finest(*input_list(self.task.io, whole)).float()
+        cells_XNF = patches_of(map_XCHW, self.side)
+        return standardised(cells_XNF.reshape(-1, len(self.ahead), cells_XNF.shape[1], self.channels,
+                                              cells_XNF.shape[2] // self.channels))
 
     def decay_at(self, step: int) -> float:
         """Weight of the target's past at a step: linear from `decay` to `final_decay` over the run."""
@@ -122,16 +156,3 @@ class Jepa(Objective):
                         for module in (self.target, backbone_of(teacher, where=self.name)))
         follow(ours, theirs, self.decay_at(step), dict(self.target.named_parameters()))
         return self.monitor.report(step)
-
-
-def standardised(tokens_BND: Tensor) -> Tensor:
-    """Layer-normed features (B, N, D), of which each place's mean over the batch of all processes is taken away first.
-
-    With conv features on a fixed grid most of a token says where it is, not what is there: a predictor that knows the
-    place alone has nearly no loss, and the features shrink towards it (measured, docs/objectives.md). A single sample
-    has no mean worth taking away.
-    """
-    count = sum_over_ranks(tokens_BND.new_tensor(float(len(tokens_BND))))
-    mean_ND = sum_over_ranks(tokens_BND.sum(0)) / count
-    centred_BND = tokens_BND - mean_ND * (count > 1)
-    return F.layer_norm(centred_BND, tokens_BND.shape[-1:])

@@ -97,6 +97,24 @@ def test_a_line_in_feature_space_is_a_collapse_too() -> None:
         monitor.report(0)
 
 
+def test_losing_nearly_all_dimensions_one_began_with_is_a_collapse() -> None:
+    """Three of a hundred directions are no line, and inputs still differ; measured on JEPA as it once was: 156 to 5."""
+    monitor = CollapseMonitor(EACH_STEP)
+    monitor.see(_noise(64, 64, 100))
+    assert float(monitor.report(0)["effective_rank"]) > 90
+    monitor.see(_noise(64, 64, 20) @ _noise(20, 100, seed=1))
+    monitor.report(1)
+    assert int(monitor.strikes) == 0
+    restored = CollapseMonitor(EACH_STEP)
+    restored.load_state_dict(monitor.state_dict())
+    for step in range(2, 4):
+        restored.see(_noise(64, 64, 3) @ _noise(3, 100, seed=1))
+        restored.report(step)
+    restored.see(_noise(64, 64, 3) @ _noise(3, 100, seed=1))
+    with pytest.raises(CollapsedError, match=r"effective_rank >= 4\.9"):
+        restored.report(4)
+
+
 def test_it_measures_every_so_often_and_repeats_itself_between() -> None:
     monitor = CollapseMonitor(CollapseConfig(watch_every=4))
     values = []

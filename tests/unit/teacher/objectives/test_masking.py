@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fmdeploy.errors import ConfigError
-from fmdeploy.teacher.objectives.masking import block_masks, block_shapes, context_size, random_parts
+from fmdeploy.teacher.objectives.masking import block_shapes, random_blocks, random_parts
 
 
 def _rngs(count: int, first: int = 0) -> list[np.random.Generator]:
@@ -29,20 +28,17 @@ def test_every_token_is_hidden_equally_often() -> None:
 
 
 @pytest.mark.parametrize("side", [4, 8])
-def test_context_and_targets_never_meet_and_blocks_are_rectangles(side: int) -> None:
-    found = block_masks(side, blocks=3, share=0.15, context=0.4, rngs=_rngs(50))
-    size = context_size(side, blocks=3, share=0.15, context=0.4)
-    area = found.targets_BTM.shape[2]
-    assert found.context_BK.shape == (50, size)
-    assert found.targets_BTM.shape == (50, 3, area)
-    for context, targets in zip(found.context_BK, found.targets_BTM, strict=True):
-        assert not set(context) & set(targets.ravel())
-        assert len(set(context)) == size
-        for block in targets:
-            rows, columns = np.unique(block // side), np.unique(block % side)
-            assert len(rows) * len(columns) == area == len(set(block))
-            assert (np.diff(rows) == 1).all()
-            assert (np.diff(columns) == 1).all()
+def test_blocks_are_rectangles_of_one_area(side: int) -> None:
+    found_BTM = random_blocks(side, blocks=3, share=0.15, rngs=_rngs(200))
+    area = found_BTM.shape[2]
+    assert found_BTM.shape == (200, 3, area)
+    assert found_BTM.dtype == np.int64
+    for block in found_BTM.reshape(-1, area):
+        rows, columns = np.unique(block // side), np.unique(block % side)
+        assert len(rows) * len(columns) == area == len(set(block))
+        assert (np.diff(rows) == 1).all()
+        assert (np.diff(columns) == 1).all()
+    assert set(found_BTM.ravel()) == set(range(side * side))
 
 
 def test_block_shapes_have_one_area_and_no_long_side() -> None:
@@ -51,12 +47,5 @@ def test_block_shapes_have_one_area_and_no_long_side() -> None:
 
 
 def test_a_sample_draws_the_same_in_any_batch() -> None:
-    whole = block_masks(8, blocks=2, share=0.2, context=0.4, rngs=_rngs(6))
-    part = block_masks(8, blocks=2, share=0.2, context=0.4, rngs=_rngs(2, first=3))
-    np.testing.assert_array_equal(whole.context_BK[3:5], part.context_BK)
-    np.testing.assert_array_equal(whole.targets_BTM[3:5], part.targets_BTM)
-
-
-def test_blocks_that_may_cover_everything_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"may cover the whole picture.*Lower jepa\.blocks"):
-        context_size(8, blocks=8, share=0.15, context=0.4)
+    whole = random_blocks(8, blocks=2, share=0.2, rngs=_rngs(6))
+    np.testing.assert_array_equal(whole[3:5], random_blocks(8, blocks=2, share=0.2, rngs=_rngs(2, first=3)))
