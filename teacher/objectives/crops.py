@@ -1,9 +1,10 @@
 """Views of one frame for self-distillation: what may change without changing what the scene is.
 
 The grid is the ego's own, with up meaning ahead, so views are not turned by right angles. A *global* view is the
-whole grid, zoomed, shifted and turned a little. A *local* view is one too, of which only a window of tokens is seen
-(the rest of the grid is blank and stays out of the transformer). The student sees its views degraded: one sensor
-missing, cells lost, and, in global ones, patches hidden. The teacher sees the global views whole.
+whole grid: the first as it stands, which is how the backbone will be used, the second zoomed, shifted and turned a
+little. A *local* view is moved too, and only a window of its tokens is seen (the rest of the grid is blank and stays
+out of the transformer). The student sees its views degraded: one sensor missing, cells lost, and, in global ones,
+patches hidden. The teacher sees the global views whole.
 
 All of it is drawn in numpy from one generator a sample (`draw_views`) and applied on the device (`Views`).
 
@@ -25,21 +26,21 @@ from fmdeploy.task import Array, Arrays
 from fmdeploy.teacher.objectives.collapse import CollapseConfig
 
 GLOBAL = 2  # global views of a sample, as in every method of this family
-HIDDEN = 0.5  # what a hidden patch holds: neither free nor occupied, so that it is not taken for emptiness
+STILL = 0  # the global view that is not moved: the grid as it will be used
 WHOLE = -1  # no input is missing
 
 
 class ViewConfig(CollapseConfig):
     """Options of the views."""
 
-    local_views: int = Field(default=2, ge=0, description="small views of each sample, for the student alone")
+    local_views: int = Field(default=1, ge=0, description="small views of each sample, for the student alone")
     window: int = Field(default=4, ge=1, description="tokens a side of a local view")
     shift: float = Field(default=0.12, ge=0, le=0.5, description="largest shift, as a share of the grid")
     zoom: float = Field(default=0.15, ge=0, lt=1, description="largest change of scale")
     turn: float = Field(default=5.0, ge=0, le=45, description="largest turn, degrees")
-    sensor_drop: float = Field(default=0.3, ge=0, lt=1, description="chance that a view lacks one of several inputs")
+    sensor_drop: float = Field(default=0.1, ge=0, lt=1, description="chance that a view lacks one of several inputs")
     cells_lost: float = Field(default=0.05, ge=0, lt=1, description="largest share of cells that see nothing")
-    hidden: float = Field(default=0.4, ge=0, lt=1, description="share of patches hidden in a global view")
+    hidden: float = Field(default=0.3, ge=0, lt=1, description="share of patches hidden in a global view")
 
 
 def draw_views(config: ViewConfig, rngs: Sequence[Generator], *, num_inputs: int, side: int, patch: int) -> Arrays:
@@ -66,7 +67,7 @@ def _one_sample(config: ViewConfig, rng: Generator, num_inputs: int, side: int, 
     corners = rng.integers(0, side - window + 1, (config.local_views, 2))
     square = np.arange(window)[:, None] * side + np.arange(window)
     return {
-        "affine": np.stack([_affine(config, rng) for _ in range(views)]),
+        "affine": np.stack([_affine(config, rng, still=view == STILL) for view in range(views)]),
         "missing": missing.astype(np.int64),
         "lost": bytes_VHW < np.floor(256 * share)[:, None, None],
         "hidden": np.stack([_blocks(rng, side, config.hidden) for _ in range(GLOBAL)]),
@@ -74,8 +75,10 @@ def _one_sample(config: ViewConfig, rng: Generator, num_inputs: int, side: int, 
     }
 
 
-def _affine(config: ViewConfig, rng: Generator) -> Array:
-    """Scale, turn and shift as a matrix (2, 3) for `affine_grid`."""
+def _affine(config: ViewConfig, rng: Generator, *, still: bool) -> Array:
+    """Scale, turn and shift as a matrix (2, 3) for `affine_grid`; nothing of it for a view that stands still."""
+    if still:
+        return np.eye(2, 3, dtype=np.float32)
     across, ahead, scale, turn = rng.uniform(-1, 1, 4)
     angle, factor = np.deg2rad(config.turn * turn), 1 + config.zoom * scale
     cosine, sine = factor * np.cos(angle), factor * np.sin(angle)
@@ -121,7 +124,7 @@ class Views:
     def student(self) -> list[Tensor]:
         """Each input of the degraded global views, hidden patches blank, (G B, C, H, W)."""
         return _stacked([
-            [torch.where(self._cells(self.drawn["hidden"][:, view]), HIDDEN, x) for x in self._degraded(view)]
+            [torch.where(self._cells(self.drawn["hidden"][:, view]), 0.0, x) for x in self._degraded(view)]
             for view in range(GLOBAL)
         ])
 

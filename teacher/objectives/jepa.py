@@ -31,7 +31,7 @@ from fmdeploy.models.tokens import TokenBackbone, backbone_of
 from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.collapse import CollapseConfig, CollapseMonitor
-from fmdeploy.teacher.objectives.jepa_targets import evened, inputs_ahead, standardised
+from fmdeploy.teacher.objectives.dense_targets import evened, inputs_ahead, standardised
 from fmdeploy.teacher.objectives.masking import Index, arrays_of, random_blocks
 from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, patches_of, places
 from fmdeploy.training.ema import follow

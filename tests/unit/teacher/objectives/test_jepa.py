@@ -17,8 +17,8 @@ from fmdeploy.errors import ConfigError
 from fmdeploy.models.tokens import backbone_of
 from fmdeploy.task import load_task
 from fmdeploy.teacher.objectives.base import CollapsedError
+from fmdeploy.teacher.objectives.dense_targets import evened, standardised
 from fmdeploy.teacher.objectives.jepa import Jepa, JepaConfig
-from fmdeploy.teacher.objectives.jepa_targets import evened, standardised
 from fmdeploy.teacher.objectives.predictor import blanked, places
 from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy
 from fmdeploy.teacher.train import train

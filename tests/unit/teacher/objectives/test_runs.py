@@ -27,7 +27,7 @@ SETTINGS = ("mae.width=16", "mae.heads=2", "jepa.width=16", "jepa.heads=2", "jep
             "selfdistill.prototypes=4", "selfdistill.memory=21", "selfdistill.token_prototypes=16",
             "contrastive.queue=12", "contrastive.hidden=16", "flow.width=16")
 LOGGED = {"mae.lidar", "mae.camera", "jepa.predict", "jepa.feature_std", "jepa.effective_rank", "selfdistill.frame",
-          "selfdistill.token", "selfdistill.feature_std", "contrastive.frame", "contrastive.token",
+          "selfdistill.token", "selfdistill.cell", "selfdistill.feature_std", "contrastive.frame", "contrastive.token",
           "contrastive.temperature", "contrastive.effective_rank", "flow.velocity"}
 OPTIONS: dict[str, Any] = {"steps": 24, "checkpoint_every": 5, **TEACHER}
 PATIENCE_S = 240.0

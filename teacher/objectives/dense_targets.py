@@ -1,4 +1,4 @@
-"""What JEPA predicts: the features of the moving average, now and later, such that what is rare counts as well.
+"""What is predicted of features: those of the moving average, now and later, such that what is rare counts as well.
 
 Most of a driving picture is road, and random features of it are about road: vehicles are 3 to 7 % of their variance.
 Where every input channel is divided by its standard deviation before the encoder sees it, they are 19 % in the finest
