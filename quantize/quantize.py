@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from fmdeploy.draft import Draft, produce
 from fmdeploy.errors import DataError, GateError
 from fmdeploy.estimate.devices import device
 from fmdeploy.evaluate.sqnr import finite_db, sqnr_db
-from fmdeploy.manifest import Kind, Parent, learnt_from
+from fmdeploy.manifest import Kind, ancestors_learnt_from
 from fmdeploy.models.outputs import predictor
 from fmdeploy.models.saved import RECIPE, WEIGHTS, LoadedModel, load_model, require_heads
 from fmdeploy.quantize import calibrate
@@ -90,14 +89,10 @@ def require_same_data(student: Artifact, data: Dataset) -> None:
     Raises:
         DataError: names both digests.
     """
-    known = {parent.digest for parent in _ancestors(student.inputs) if parent.kind is Kind.DATASET}
+    known = {parent.digest for parent in ancestors_learnt_from(student.inputs) if parent.kind is Kind.DATASET}
     if known and data.digest not in known:
         raise DataError("is not the dataset that the student was trained on", where=data.artifact.root,
                         expected=" or ".join(sorted(d[:12] for d in known)), found=data.digest[:12])
-
-
-def _ancestors(inputs: Mapping[str, Parent]) -> list[Parent]:
-    return [found for parent in learnt_from(inputs) for found in (parent, *_ancestors(parent.inputs))]
 
 
 def _build(draft: Draft, config: QuantizeConfig, sources: Sources) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.data.format import Dataset
 from fmdeploy.evaluate.gates import Result, Row, not_measured
-from fmdeploy.manifest import Parent, datasets_learnt_from, learnt_from
+from fmdeploy.manifest import Parent, ancestors_learnt_from, datasets_learnt_from
 
 NAME = "evaluation samples seen in training or calibration"
 TRAINING = "train"
@@ -43,7 +43,7 @@ def _calibration_samples(bundle: Artifact) -> list[str]:
 
 
 def _training_samples(bundle: Artifact, data: Dataset, ids: Sequence[str]) -> list[str]:
-    if data.digest not in {parent.digest for parent in lineage(bundle.inputs)}:
+    if data.digest not in {parent.digest for parent in ancestors_learnt_from(bundle.inputs)}:
         return []
     sequences = set(data.splits.get(TRAINING, ()))
     return [name for name in ids if (name.rpartition("/")[0] or name) in sequences]
@@ -66,11 +66,4 @@ def _parts(dataset: Parent) -> Iterator[Parent]:
 
 
 def _family(dataset: Parent) -> set[str]:
-    return {dataset.digest, *(parent.digest for parent in lineage(dataset.inputs))}
-
-
-def lineage(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
-    """Yield every artifact that something was made from, directly or not."""
-    for parent in learnt_from(inputs):
-        yield parent
-        yield from lineage(parent.inputs)
+    return {dataset.digest, *(parent.digest for parent in ancestors_learnt_from(dataset.inputs))}

@@ -123,6 +123,13 @@ def learnt_from(inputs: Mapping[str, Parent]) -> list[Parent]:
     return [parent for role, parent in inputs.items() if role != EVALUATED_ON]
 
 
+def ancestors_learnt_from(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
+    """Everything that something learnt from, directly or not, and what that was made from."""
+    for parent in learnt_from(inputs):
+        yield parent
+        yield from ancestors_learnt_from(parent.inputs)
+
+
 def datasets_learnt_from(inputs: Mapping[str, Parent]) -> Iterator[Parent]:
     """The datasets that something and its ancestors learnt from, not what those were split or joined from."""
     for parent in learnt_from(inputs):

@@ -33,13 +33,14 @@ def add_up(x: Tensor) -> None:
 def _neighbours() -> Neighbours | None:
     """Those of the present process group; it is asked once whether its processes share a machine."""
     group = dist.group.WORLD
-    if _met["group"]() is not group:
-        _met.update(group=weakref.ref(group), found=meet())
-    found: Neighbours | None = _met["found"]
-    return found
+    if group not in _met:
+        _met[group] = near = meet()
+        if near is not None:
+            weakref.finalize(group, near.close)
+    return _met[group]
 
 
-_met: dict[str, Any] = {"group": lambda: None, "found": None}
+_met: weakref.WeakKeyDictionary[Any, Neighbours | None] = weakref.WeakKeyDictionary()  # they end with their group
 
 
 def shares_memory(model: nn.Module) -> bool:
@@ -66,8 +67,8 @@ def add_up_gradients(model: nn.Module) -> None:
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of `x` over all processes, on each of them; gradients are summed likewise.
 
-    A loss that is a function of such sums has, after DistributedDataParallel has averaged the gradients, exactly
-    the gradient of the same loss on the whole batch.
+    A loss that is a function of such sums has, once the training loop has averaged the gradients over the processes,
+    exactly the gradient of the same loss on the whole batch.
     """
     if world()[1] == 1:
         return x

@@ -28,7 +28,7 @@ from fmdeploy.training.loader import Prefetcher
 from fmdeploy.training.log import StepLog
 from fmdeploy.training.schedule import learning_rate, make_optimizer, set_rate
 from fmdeploy.training.sharding import Shards, flag_kept, sharding_plugin, whole
-from fmdeploy.training.shared_norm import keeps_own_statistics, share_batch_norm
+from fmdeploy.training.shared_norm import keeps_own_buffers, share_batch_norm
 from fmdeploy.training.timing import TIMING_LOG, Stopwatch
 from fmdeploy.training.timing import Timing as Timing
 from fmdeploy.training.validation import BestState, Validation
@@ -127,7 +127,7 @@ class Run:
         self.shards = Shards(self.model) if plugin is not None else None
         optimizer = make_optimizer(self.model, config)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.adds_up = self.shards is None and not keeps_own_statistics(self.model) and shares_memory(self.model)
+        self.adds_up = self.shards is None and not keeps_own_buffers(self.model) and shares_memory(self.model)
         if self.shards is not None:
             self.shards.cut(self.accelerator)
         average = WeightAverage(self.model, config.ema) if config.ema else None
@@ -209,16 +209,7 @@ class Run:
         for part in range(self.config.accumulation):
             for name, value in self._backward(take(), part).items():
                 parts[name] = parts.get(name, 0) + value.detach() / self.config.accumulation
-        if self.adds_up:
-            add_up_gradients(self.model)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        for parameter in self.job.resting(step) if self.job.resting is not None else ():
-            parameter.grad = None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.state.average is not None:
-            self.state.average.update(self.model, step)
-        noted = {"step": step, "lr": rate, "grad_norm": norm.detach(), **parts}
+        noted = {"step": step, "lr": rate, "grad_norm": self._update(step).detach(), **parts}
         try:
             seen = self.job.after_step(step) if self.job.after_step is not None else {}
         except StoppedError as error:
@@ -226,6 +217,19 @@ class Run:
             self.log.write(self._noted())
             raise
         self._note(noted, seen)
+
+    def _update(self, step: int) -> Tensor:
+        """Move the weights along the gradients of all parts and processes, whose norm before clipping is returned."""
+        if self.adds_up:
+            add_up_gradients(self.model)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        for parameter in self.job.resting(step) if self.job.resting is not None else ():
+            parameter.grad = None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.state.average is not None:
+            self.state.average.update(self.model, step)
+        return norm
 
     def _note(self, noted: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
         both = {**noted, **seen}

@@ -16,7 +16,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -126,8 +126,11 @@ def meet() -> Neighbours | None:
             parts = _opened(folder, rank, size, listener) if folder else None
             if not _all_agree(parts is not None) or parts is None or folder is None:
                 return None
-            others = _connected(folder, rank, size, listener)
-        return Neighbours(rank, parts, others) if _all_agree(len(others) == size - 1) else None
+            near = Neighbours(rank, parts, _connected(folder, rank, size, listener))
+        if _all_agree(len(near.others) == size - 1):
+            return near
+        near.close()
+        return None
 
 
 @contextmanager
@@ -139,12 +142,14 @@ def _prepared(rank: int, size: int) -> Iterator[str | None]:
     if rank != 0:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="fmdeploy-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        made = False
+    with ExitStack() as stack:
+        folder = None
         with suppress(OSError):
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="fmdeploy-", dir=MEMORY))
             # Written, not only cut to length: that the memory is full must be seen now, not by a SIGBUS later.
-            made = Path(folder, "parts").write_bytes(bytes(2 * size * CHUNK)) > 0
-        yield folder if made else None
+            Path(made, "parts").write_bytes(bytes(2 * size * CHUNK))
+            folder = made
+        yield folder
 
 
 def _opened(folder: str, rank: int, size: int, listener: socket.socket) -> Tensor | None:
@@ -162,8 +167,9 @@ def _connected(folder: str, rank: int, size: int, listener: socket.socket) -> li
     with suppress(OSError):
         for number in range(rank):
             call = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            found.append(call)
             call.connect(str(Path(folder, str(number))))
+            found.append(call)
+        listener.settimeout(PATIENCE)  # one that could not call must not keep the others here
         for _ in range(rank + 1, size):
             found.append(listener.accept()[0])
     for other in found:

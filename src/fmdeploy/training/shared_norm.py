@@ -26,10 +26,21 @@ def share_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def keeps_own_statistics(model: nn.Module) -> bool:
-    """Whether some normalisation follows the batch of its own process alone: one that `share_batch_norm` leaves."""
-    return any(isinstance(module, _NormBase) and module.track_running_stats
-               and type(module) not in (nn.BatchNorm2d, SharedBatchNorm2d) for module in model.modules())
+KNOWN = ("torch", "fmdeploy", "transformers", "peft", "modelopt")
+"""Packages whose buffers are the same in all processes: constants, or made of sums over all of them."""
+
+
+def keeps_own_buffers(model: nn.Module) -> bool:
+    """Whether some module may follow the batch of its own process alone.
+
+    A normalisation that `share_batch_norm` leaves does, and whatever has buffers and was written by somebody else may.
+    """
+    def foreign(module: nn.Module) -> bool:
+        followed = isinstance(module, _NormBase) and module.track_running_stats
+        return followed or type(module).__module__.partition(".")[0] not in KNOWN
+
+    return any(type(module) not in (nn.BatchNorm2d, SharedBatchNorm2d) and foreign(module)
+               and next(module.buffers(recurse=False), None) is not None for module in model.modules())
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

@@ -13,18 +13,24 @@ import pytest
 from fmdeploy.training.neighbours import MEMORY
 
 SCRIPT = """
-import json, sys
+import gc, json, sys, weakref
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from fmdeploy.errors import FmdeployError
-from fmdeploy.training import neighbours
+from fmdeploy.training import distributed, neighbours
 from fmdeploy.training.distributed import add_up, sum_over_ranks
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
 if sys.argv[3] == "apart" and rank == 1:
     neighbours._opened = lambda *_: None  # as on a machine that does not see the file
+if sys.argv[3] == "no room":
+    neighbours.MEMORY = Path("/nonexistent")
+if sys.argv[3] == "unheard":
+    neighbours.PATIENCE = 1
+    if rank == 2:
+        neighbours._connected = lambda *_: []  # as if its calls failed
 near = neighbours.meet()
 said = {"near": near is not None}
 for name, wanted in {"small": (5,), "scalar": (), "large": (3, 400001)}.items():
@@ -58,6 +64,13 @@ if near and sys.argv[3] == "astray":
     except FmdeployError as error:
         said["error"] = [error.exit_code, str(error)]
     dist.barrier()
+if near and sys.argv[3] == "left":
+    found = distributed._neighbours()
+    sockets, found = list(found.others), weakref.ref(found)
+    dist.barrier()
+    dist.destroy_process_group()
+    gc.collect()
+    said["left"] = [found() is None, [other.fileno() for other in sockets]]
 Path(folder, f"{rank}.json").write_text(json.dumps(said))
 """
 
@@ -73,7 +86,7 @@ def run(folder: Path, how: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
 
-@pytest.mark.parametrize("how", ["gone", "astray"])
+@pytest.mark.parametrize("how", ["gone", "astray", "left"])
 def test_sums_are_those_of_all_processes(tmp_path: Path, how: str) -> None:
     for rank, said in enumerate(run(tmp_path, how)):
         assert said["near"]
@@ -84,13 +97,15 @@ def test_sums_are_those_of_all_processes(tmp_path: Path, how: str) -> None:
         if how == "astray":
             assert said["error"][0] == 4
             assert "not at the same sum" in said["error"][1]
+        elif how == "left":
+            assert said["left"] == [True, [-1, -1]]  # memory and sockets end with the process group
         elif rank < 2:
             assert said["error"] == [3, "another process of this run has ended. Its own message says why"]
 
 
-def test_a_process_that_does_not_see_the_memory_leaves_all_to_gloo(tmp_path: Path) -> None:
-    for said in run(tmp_path, "apart"):
+@pytest.mark.parametrize("how", ["apart", "no room", "unheard"])
+def test_a_process_that_does_not_share_the_memory_leaves_all_to_gloo(tmp_path: Path, how: str) -> None:
+    for said in run(tmp_path, how):
         assert not said["near"]
         assert said["count"] == [3, 3 * 2**40]
         assert said["gradient"][0] == [[6.0] * 2] * 3
-

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fmdeploy.training.shared_norm import SharedBatchNorm2d
+from fmdeploy.training.shared_norm import SharedBatchNorm2d, keeps_own_buffers
 
 
 @pytest.fixture
@@ -39,3 +39,19 @@ def test_shared_statistics_are_those_of_batch_norm(options: dict[str, float | No
         torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-3)
+
+
+class Counting(nn.Module):
+    """Somebody's module that remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+
+@pytest.mark.parametrize(("module", "own"), [
+    (nn.BatchNorm2d(3), False), (SharedBatchNorm2d(3), False), (nn.GroupNorm(1, 3), False),
+    (nn.BatchNorm1d(3), True), (nn.BatchNorm1d(3, track_running_stats=False), False), (Counting(), True),
+])
+def test_buffers_that_processes_may_not_share_are_noticed(module: nn.Module, own: bool) -> None:
+    assert keeps_own_buffers(nn.Sequential(nn.Linear(3, 3), module)) is own

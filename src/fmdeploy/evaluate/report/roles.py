@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from fmdeploy.artifact import Artifact
 from fmdeploy.manifest import Kind, Parent
@@ -12,15 +12,13 @@ JUDGED = "evaluation.safetensors"
 
 def ancestors(artifact: Artifact) -> dict[str, Parent]:
     """Everything an artifact was made from, directly or not, by digest; the nearest first."""
-
-    def walk(parents: Sequence[Parent]) -> Iterator[Parent]:
-        yield from parents
-        for parent in parents:
-            yield from walk([found for _, found in sorted(parent.inputs.items())])
-
     found: dict[str, Parent] = {}
-    for parent in walk([parent for _, parent in sorted(artifact.inputs.items())]):
-        found.setdefault(parent.digest, parent)
+    level = [artifact.inputs]
+    while level:
+        parents = [parent for inputs in level for _, parent in sorted(inputs.items())]
+        new = {parent.digest: parent for parent in parents if parent.digest not in found}
+        found |= new
+        level = [parent.inputs for parent in new.values()]
     return found
 
 
