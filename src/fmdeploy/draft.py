@@ -29,6 +29,7 @@ from fmdeploy.progress import say
 
 KEY_NAME = ".key"
 WORK_NAME = "work"
+HEADSTART_S = 60.0  # in which the main process of several must have begun
 
 
 class Draft:
@@ -247,6 +248,9 @@ def _fsync(path: Path) -> None:
 def _follow(out: Path, kind: Kind, key: str, build: Callable[[Draft], None]) -> Artifact:
     """Ranks above 0 compute with the others and write only what `build` gives them to write."""
     build(Draft(_scratch(out), is_main=False))
+    limit = time.monotonic() + HEADSTART_S
+    while not _scratch(out).exists() and _finished(out, kind, key) is None and time.monotonic() < limit:
+        time.sleep(0.1)  # what a rank has no part in is over before the main process has begun
     while _scratch(out).exists():  # the main process evaluates, hashes and renames
         time.sleep(0.1)
     if (found := _finished(out, kind, key)) is not None:

@@ -336,3 +336,24 @@ def test_payload_is_readable_by_other_users(tmp_path: Path) -> None:
     artifact = produce(tmp_path / "a", Kind.DATASET, stage="s", config=Config(out=tmp_path), inputs={},
                        build=lambda d: d.write_tensors("x.safetensors", {"a": np.zeros(3)}))
     assert artifact.path("x.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def follow(out: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    """What a rank above 0 gets that has no part in the work of `make(out, ...)`."""
+    monkeypatch.setenv("RANK", "1")
+    return produce(out, Kind.DATASET, stage="test", config=Config(out=out), inputs={}, build=lambda draft: None)
+
+
+def test_a_rank_that_has_nothing_to_do_waits_for_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"import pathlib, test_artifact as t; t.make(pathlib.Path({str(tmp_path / 'a')!r}), {{'x': b'1'}})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env={**os.environ, "RANK": "0"}):
+        # It follows long before the main process has even imported anything.
+        assert follow(tmp_path / "a", monkeypatch).path("x").read_bytes() == b"1"
+
+
+def test_a_rank_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_module, "HEADSTART_S", 0.2)
+    with pytest.raises(ArtifactError, match="did not finish"):
+        follow(tmp_path / "a", monkeypatch)
