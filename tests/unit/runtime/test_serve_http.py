@@ -412,7 +412,10 @@ def test_an_endless_header_is_cut_off_before_it_fills_the_memory(server: Server,
 def test_empty_lines_between_requests_do_not_hold_a_connection(server: Server) -> None:
     with raw(server) as sock:
         sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert b" 200 " in sock.recv(4096)
+        answer = b""
+        while not answer.endswith(b"}") and (piece := sock.recv(4096)):  # head and body may come apart
+            answer += piece
+        assert b" 200 " in answer
         sock.sendall(b"\r\n")  # begins no request, and ends the keep-alive timer
         sock.settimeout(10 * READ_TIMEOUT_S)
         begin = time.monotonic()

@@ -163,7 +163,7 @@ def test_a_merged_teacher_works_everywhere(home: Path, tmp_path: Path) -> None:
     assert len(twice.json("model.json")["added"]) == 2
     assert (outputs(load_model(twice)) - outputs(load_adapted(merged, again))).abs().max() <= 1e-5
     lineage = twice.inputs["teacher"].inputs
-    assert set(lineage) == {"teacher", "adapter", "data"}
+    assert set(lineage) == {"teacher", "adapter", "evaluation_data"}
 
 
 def test_carried_evaluations_are_those_of_the_adapter(home: Path, tmp_path: Path) -> None:
