@@ -6,21 +6,25 @@ map of the teacher of `bev-occupancy` (measured, docs/objectives.md). Of the fea
 with convolutions on a fixed grid most of them says where a cell is, not what is there.
 
 Legend: B samples, A frames ahead, F frames of one input, K sensor planes, C channels, H W rows and columns,
-N tokens (places), Q cells of a map in one token.
+N tokens (places), Q cells of a map in one token,
+V = C * Q, X = B * A.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fmdeploy.errors import ConfigError
+from fmdeploy.models import input_list
+from fmdeploy.models.tokens import TokenBackbone
 from fmdeploy.task import Arrays, Samples, Task
-from fmdeploy.teacher.objectives.flow import Recorded
+from fmdeploy.teacher.objectives.frames import Recorded
 from fmdeploy.teacher.objectives.masking import Index
+from fmdeploy.teacher.objectives.predictor import patches_of
 from fmdeploy.training.distributed import sum_over_ranks
 
 FLAT = 0.01  # standard deviation below which a channel is not stretched any more
@@ -51,6 +55,22 @@ def inputs_ahead(task: Task, samples: Samples, index: Index, ahead: Sequence[int
         stacks = [own[:, k - min(ahead) : k - min(ahead) + past] for k in ahead]
         found[spec.name] = np.concatenate(stacks, axis=1).reshape(len(index), -1, *spec.shape[1:])
     return found
+
+
+@torch.no_grad()
+def cell_targets(task: Task, average: TokenBackbone, whole: Mapping[str, Tensor], *, ahead: int) -> Tensor:
+    """What the average finds in the cells of its finest map, standardised: (B, A, N, C, Q).
+
+    Args:
+        task: Whose inputs these are.
+        average: The moving average of the backbone.
+        whole: Each input, now and ahead, (B, A * its channels, H, W).
+        ahead: A.
+    """
+    frames = {spec.name: evened(whole[spec.name].float().reshape(-1, *spec.shape)) for spec in task.io.inputs}
+    channels, _ = average.finest_size
+    cells_XNV = patches_of(average.finest(*input_list(task.io, frames)).float(), average.side)
+    return standardised(cells_XNV.reshape(-1, ahead, cells_XNV.shape[1], channels, cells_XNV.shape[2] // channels))
 
 
 def evened(x_BCHW: Tensor) -> Tensor:

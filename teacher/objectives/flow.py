@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from fmdeploy.errors import ConfigError
@@ -28,6 +27,7 @@ from fmdeploy.task import Array, Arrays, Samples, Task
 from fmdeploy.teacher.objectives.base import Objective, ObjectiveConfig
 from fmdeploy.teacher.objectives.flow_field import FOLD, VelocityField, best_line
 from fmdeploy.teacher.objectives.flow_path import Method, noise_like, on_path, walk
+from fmdeploy.teacher.objectives.frames import FramesAhead, Recorded
 from fmdeploy.training.device import evaluation_mode
 from fmdeploy.training.loop import Losses, Tensors
 from fmdeploy.training.sampler import Index
@@ -36,31 +36,16 @@ KIND = "flow"
 HIT, VEHICLE = 0, 2  # planes of `frames` that show other road users: lidar_hit, camera_vehicle
 
 
-@runtime_checkable
-class Recorded(Protocol):
-    """Samples that can show the sensors of other frames."""
-
-    def frames(self, index: Index, offsets: Sequence[int]) -> Array:
-        """Sensor planes uint8 (B, len(offsets), 5, cells, cells)."""
-
-
 class FlowConfig(ObjectiveConfig):
     """Options of `flow`."""
 
-    horizons: tuple[int, ...] = Field(default=(0, 2, 4, 8), min_length=1, description="frames ahead, 0 to 8")
+    horizons: FramesAhead = Field(default=(0, 2, 4, 8), description="frames ahead, 0 to 8")
     reduce: int = Field(default=2, ge=1, description="cells a side that become one, by their maximum")
     width: int = Field(default=48, ge=8, multiple_of=8, description="channels of the velocity field")
     draws: int = Field(default=2, ge=1, description="noises and times for each sample of a step")
     sigma: float = Field(default=1e-3, ge=0, lt=1, description="spread left around the data at the end of a path")
     steps: int = Field(default=6, ge=1, description="steps of the solver when futures are drawn")
     method: Method = Field(default="heun", description="euler or heun")
-
-    @field_validator("horizons")
-    @classmethod
-    def _in_reach(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if min(value) < 0 or max(value) > 8 or len(set(value)) != len(value):
-            raise ValueError("horizons are different frames from 0 to 8")
-        return value
 
 
 class Flow(Objective):

@@ -14,7 +14,8 @@ from torch import nn
 
 from fmdeploy.evaluate.metrics import ECE, Array, Arrays, IoU, SoftIoU, sigmoid
 from fmdeploy.task import Metric, Samples
-from fmdeploy.teacher.objectives.flow import HIT, VEHICLE, Flow, Recorded, reduced
+from fmdeploy.teacher.objectives.flow import HIT, VEHICLE, Flow, reduced
+from fmdeploy.teacher.objectives.frames import Recorded
 from fmdeploy.training.sampler import Index
 
 LARGEST_LOGIT = 12.0  # of a chance of 0 or 1, which a share of few futures often is

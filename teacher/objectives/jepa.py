@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from fmdeploy.models import input_list
@@ -31,9 +31,10 @@ from fmdeploy.models.tokens import TokenBackbone, backbone_of
 from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.collapse import CollapseConfig, CollapseMonitor
-from fmdeploy.teacher.objectives.dense_targets import evened, inputs_ahead, standardised
+from fmdeploy.teacher.objectives.dense_targets import cell_targets, inputs_ahead
+from fmdeploy.teacher.objectives.frames import FramesAhead
 from fmdeploy.teacher.objectives.masking import Index, arrays_of, random_blocks
-from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, patches_of, places
+from fmdeploy.teacher.objectives.predictor import Predictor, blanked, check_grid, places
 from fmdeploy.training.ema import follow
 from fmdeploy.training.loop import Losses, Tensors
 
@@ -47,20 +48,13 @@ class JepaConfig(CollapseConfig):
 
     blocks: int = Field(default=2, ge=1, description="hidden blocks a sample")
     share: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens in one block")
-    ahead: tuple[int, ...] = Field(default=(0, 2, 4, 8), min_length=1, description=(
+    ahead: FramesAhead = Field(default=(0, 2, 4, 8), description=(
         "frames ahead, 0 to 8, of which the features are predicted; tasks of single pictures have 0 alone"))
     decay: float = Field(default=0.998, ge=0, le=1, description="of the moving target, at first")
     final_decay: float = Field(default=1.0, ge=0, le=1, description="at the last step; it rises linearly")
     width: int = Field(default=96, ge=4, description="width of the predictor")
     depth: int = Field(default=2, ge=1, description="its blocks")
     heads: int = Field(default=4, ge=1, description="its attention heads")
-
-    @field_validator("ahead")
-    @classmethod
-    def _in_reach(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if min(value) < 0 or max(value) > 8 or len(set(value)) != len(value):
-            raise ValueError("ahead are different frames from 0 to 8")
-        return value
 
 
 class Jepa(Objective):
@@ -134,15 +128,9 @@ class Jepa(Objective):
         told: Tensor = self.leave(self.predictor(state_BND, all_BN, all_BN[:, :0])) + self.direct(state_BND[:, 1:])
         return told.float().reshape(*all_BN.shape, len(self.ahead), self.channels, -1).transpose(1, 2)
 
-    @torch.no_grad()
     def _targets(self, batch: Tensors) -> Tensor:
-        """What the moving average makes of everything, standardised: (B, A, N, C, Q)."""
-        given = batch.get(AHEAD, batch["inputs"])
-        whole = {spec.name: evened(given[spec.name].float().reshape(-1, *spec.shape)) for spec in self.task.io.inputs}
-        map_XCHW = self.target.finest(*input_list(self.task.io, whole)).float()
-        cells_XNF = patches_of(map_XCHW, self.side)
-        return standardised(cells_XNF.reshape(-1, len(self.ahead), cells_XNF.shape[1], self.channels,
-                                              cells_XNF.shape[2] // self.channels))
+        """See `cell_targets`."""
+        return cell_targets(self.task, self.target, batch.get(AHEAD, batch["inputs"]), ahead=len(self.ahead))
 
     def decay_at(self, step: int) -> float:
         """Weight of the target's past at a step: linear from `decay` to `final_decay` over the run."""

@@ -86,6 +86,8 @@ class Pretraining(nn.Module):
     def resting(self, step: int) -> list[nn.Parameter]:
         """Parameters that no objective trains in a step."""
         named = [set(objective.resting(self.teacher, step)) for objective in self.each().values()]
+        if not any(named):
+            return []
         shared = set(self.teacher.parameters())
         return [parameter for parameter in self.parameters() if any(parameter in mine for mine in named)
                 and (parameter not in shared or all(parameter in mine for mine in named))]

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from fmdeploy.models import input_list
@@ -24,9 +24,10 @@ from fmdeploy.task import Arrays, Samples, Task
 from fmdeploy.teacher.objectives.base import Objective
 from fmdeploy.teacher.objectives.collapse import CollapseMonitor
 from fmdeploy.teacher.objectives.crops import GLOBAL, STILL, WHOLE, ViewConfig, Views, draw_views
-from fmdeploy.teacher.objectives.dense_targets import inputs_ahead
+from fmdeploy.teacher.objectives.dense_targets import cell_targets, inputs_ahead
+from fmdeploy.teacher.objectives.frames import FramesAhead
 from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy, rising
-from fmdeploy.teacher.objectives.selfdistill_cells import CellHead, cell_targets
+from fmdeploy.teacher.objectives.selfdistill_cells import CellHead
 from fmdeploy.teacher.objectives.selfdistill_targets import Centre, PrototypeHead, Remembered, cross_entropy, sinkhorn
 from fmdeploy.training.distributed import mean_over_ranks
 from fmdeploy.training.loop import Losses, Tensors
@@ -54,15 +55,8 @@ class SelfDistillationConfig(ViewConfig):
     frames: float = Field(default=0.05, ge=0, description="weight of the frames' loss")
     patches: float = Field(default=0.05, ge=0, description="weight of the masked-token loss; 0 leaves it out")
     cells: float = Field(default=1.0, ge=0, description="weight of the cells' loss; 0 leaves it out")
-    ahead: tuple[int, ...] = Field(default=(0, 2, 4, 8), min_length=1, description=(
+    ahead: FramesAhead = Field(default=(0, 2, 4, 8), description=(
         "frames ahead, 0 to 8, whose cells are asked for; tasks of single pictures have 0 alone"))
-
-    @field_validator("ahead")
-    @classmethod
-    def _in_reach(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if min(value) < 0 or max(value) > 8 or len(set(value)) != len(value):
-            raise ValueError("ahead are different frames from 0 to 8")
-        return value
 
 
 class Heads(nn.Module):
@@ -145,7 +139,7 @@ class SelfDistillation(Objective):
         assert isinstance(average, TokenBackbone)
         assert head is not None
         whole = batch.get(AHEAD, batch["inputs"])
-        wanted = cell_targets(self.task, average, whole, ahead=len(self.ahead), channels=head.channels)
+        wanted = cell_targets(self.task, average, whole, ahead=len(self.ahead))
         return F.mse_loss(head(state_BND), wanted)
 
     def _frames(self, known_BD: Tensor, classes: Sequence[Tensor]) -> Tensor:

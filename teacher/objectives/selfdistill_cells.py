@@ -10,16 +10,9 @@ Legend: B samples, A frames ahead, N tokens, C channels and Q cells of a token i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor, nn
 
-from fmdeploy.models import input_list
 from fmdeploy.models.tokens import TokenBackbone
-from fmdeploy.task import Task
-from fmdeploy.teacher.objectives.dense_targets import evened, standardised
-from fmdeploy.teacher.objectives.predictor import patches_of
 
 
 class CellHead(nn.Module):
@@ -41,21 +34,3 @@ class CellHead(nn.Module):
         """Float predictions (B, A, N, C, Q) from the patches' tokens."""
         told: Tensor = self.read(state_BND).float()
         return told.reshape(*told.shape[:2], self.ahead, self.channels, -1).transpose(1, 2)
-
-
-@torch.no_grad()
-def cell_targets(
-    task: Task, average: TokenBackbone, whole: Mapping[str, Tensor], *, ahead: int, channels: int,
-) -> Tensor:
-    """What the average finds in the cells, standardised: (B, A, N, C, Q).
-
-    Args:
-        task: Whose inputs these are.
-        average: The moving average of the backbone.
-        whole: Each input, now and ahead, (B, A * C, H, W).
-        ahead: A.
-        channels: C of the finest map.
-    """
-    frames = {spec.name: evened(whole[spec.name].float().reshape(-1, *spec.shape)) for spec in task.io.inputs}
-    cells_XNF = patches_of(average.finest(*input_list(task.io, frames)).float(), average.side)
-    return standardised(cells_XNF.reshape(-1, ahead, cells_XNF.shape[1], channels, cells_XNF.shape[2] // channels))

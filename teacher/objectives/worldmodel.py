@@ -32,6 +32,7 @@ from fmdeploy.models.tokens import backbone_of
 from fmdeploy.task import Array, Arrays, Samples, Task
 from fmdeploy.tasks.bev_occupancy_samples import CAMERA_PLANES, GRID, LIDAR_PLANES
 from fmdeploy.teacher.objectives.base import Objective, ObjectiveConfig
+from fmdeploy.teacher.objectives.frames import Recorded
 from fmdeploy.teacher.objectives.nextcodes import MAX_FRAMES, NextCodes, ego_action
 from fmdeploy.teacher.objectives.vqvae import FrameVAE, perplexity
 from fmdeploy.training.loop import Losses, Tensors
@@ -48,11 +49,8 @@ KIND = "worldmodel"
 
 
 @runtime_checkable
-class FrameSamples(Protocol):
-    """What the objective asks of samples beyond their batches: see `tasks.bev_occupancy_samples.BevSamples`."""
-
-    def frames(self, index: Array, offsets: Sequence[int]) -> Array:
-        """Sensor planes uint8 (B, n, C, H, W)."""
+class FrameSamples(Recorded, Protocol):
+    """What the objective asks of samples beyond their batches."""
 
     def motion(self, index: Array, offsets: Sequence[int]) -> Array:
         """The ego's motion to these frames, float32 (B, n, 3)."""

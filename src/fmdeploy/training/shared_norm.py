@@ -35,12 +35,10 @@ def keeps_own_buffers(model: nn.Module) -> bool:
 
     A normalisation that `share_batch_norm` leaves does, and whatever has buffers and was written by somebody else may.
     """
-    def foreign(module: nn.Module) -> bool:
-        followed = isinstance(module, _NormBase) and module.track_running_stats
-        return followed or type(module).__module__.partition(".")[0] not in KNOWN
-
-    return any(type(module) not in (nn.BatchNorm2d, SharedBatchNorm2d) and foreign(module)
-               and next(module.buffers(recurse=False), None) is not None for module in model.modules())
+    return any(type(module) not in (nn.BatchNorm2d, SharedBatchNorm2d)
+               and next(module.buffers(recurse=False), None) is not None
+               and (isinstance(module, _NormBase) or type(module).__module__.partition(".")[0] not in KNOWN)
+               for module in model.modules())
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fmdeploy.artifact import Artifact, open_artifact
 from fmdeploy.config import load_config
@@ -24,7 +23,6 @@ from fmdeploy.errors import ArtifactError, ConfigError
 from fmdeploy.evaluate.evaluation import Evaluation
 from fmdeploy.iospec import IOSpec
 from fmdeploy.manifest import Kind
-from fmdeploy.models import recompute
 from fmdeploy.models.additions import Addition, add, additions_of
 from fmdeploy.models.saved import LoadedModel, load_model
 from fmdeploy.task import load_task
@@ -39,6 +37,7 @@ from fmdeploy.teacher.merge import merge
 from fmdeploy.teacher.train import train
 from fmdeploy.training.batches import SupervisedBatches
 from fmdeploy.training.mixture.options import mix
+from support.recomputing import watch_recomputing
 from support.training_data import TEACHER, write_scenes
 
 METHODS = ("lora", "adapter", "prompt", "bias-norm", "head")
@@ -226,13 +225,7 @@ def test_the_same_request_gives_the_same_digest_however_often_it_is_killed(home:
 def test_activations_are_recomputed_where_that_is_wanted_and_nothing_else_changes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    ran: list[nn.Module] = []
-
-    def spied(block: nn.Module, *inputs: Any, **options: Any) -> Any:
-        ran.append(block)
-        return checkpoint(block, *inputs, **options)
-
-    monkeypatch.setattr(recompute, "checkpoint", spied)
+    ran = watch_recomputing(monkeypatch)
     saving = {"out": tmp_path / "a", "method": method, "activation_checkpointing": True, **FAST}
     adapter = adapt(teacher=home / "teacher", data=home / "new", **saving)
     assert len(ran) >= FAST["steps"]

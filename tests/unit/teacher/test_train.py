@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fmdeploy.artifact import open_artifact
 from fmdeploy.data.format import open_dataset
 from fmdeploy.data.from_arrays import write_arrays
 from fmdeploy.errors import ConfigError, DataError
 from fmdeploy.evaluate.evaluation import Evaluation
-from fmdeploy.models import recompute
 from fmdeploy.models.saved import load_model
 from fmdeploy.teacher.train import train
+from support.recomputing import watch_recomputing
 from support.training_data import TEACHER, write_scenes
 
 
@@ -89,13 +86,7 @@ def test_any_task_trains_with_the_same_command(tmp_path: Path) -> None:
 def test_a_run_from_a_teacher_may_recompute_its_activations(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[nn.Module] = []
-
-    def spied(block: nn.Module, *inputs: Any, **options: Any) -> Any:
-        ran.append(block)
-        return checkpoint(block, *inputs, **options)
-
-    monkeypatch.setattr(recompute, "checkpoint", spied)
+    ran = watch_recomputing(monkeypatch)
     options = {"data": home / "data", "init": home / "teacher", "steps": 2, "batch": 4, "precision": "fp32"}
     plain = train(out=tmp_path / "plain", **options)
     assert not ran

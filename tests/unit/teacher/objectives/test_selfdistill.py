@@ -17,10 +17,11 @@ from fmdeploy.models.tokens import TokenBackbone, backbone_of
 from fmdeploy.task import Samples, load_task
 from fmdeploy.teacher.objectives.base import CollapsedError
 from fmdeploy.teacher.objectives.crops import GLOBAL, STILL, WHOLE, ViewConfig, Views, draw_views, moved
+from fmdeploy.teacher.objectives.dense_targets import cell_targets
 from fmdeploy.teacher.objectives.predictor import patches_of
 from fmdeploy.teacher.objectives.selfdistill import SelfDistillation, SelfDistillationConfig
 from fmdeploy.teacher.objectives.selfdistill_average import MovingCopy, rising
-from fmdeploy.teacher.objectives.selfdistill_cells import CellHead, cell_targets
+from fmdeploy.teacher.objectives.selfdistill_cells import CellHead
 from fmdeploy.teacher.objectives.selfdistill_targets import Centre, Remembered, cross_entropy, sinkhorn
 from fmdeploy.teacher.train import train
 from support.training_data import TEACHER, write_scenes
@@ -185,7 +186,7 @@ def test_a_token_is_asked_for_its_own_cells_now_and_later() -> None:
     """One layer can answer exactly where the average's features are in the token, and then nothing is left."""
     backbone, grid = Plain(), torch.randn(6, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     head = CellHead(backbone, 2)
-    wanted = cell_targets(OneInput(), backbone, {"x": grid}, ahead=2, channels=1)  # type: ignore[arg-type]
+    wanted = cell_targets(OneInput(), backbone, {"x": grid}, ahead=2)  # type: ignore[arg-type]
     assert wanted.shape == (6, 2, 16, 1, 16)
     torch.testing.assert_close(wanted.square().mean(), torch.tensor(1.0))
     state = backbone.tokens(grid[:, 1:])[:, 1:]
